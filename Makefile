@@ -1,0 +1,38 @@
+# Two commands from a fresh clone: `make quickstart` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUN := runs/quickstart
+export JAX_PLATFORMS ?= cpu
+
+.PHONY: quickstart demo test test-slow lint benchmark clean help
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+$(BIN)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "tmljax needs Python 3.11 or newer, found " + sys.version.split()[0] + "; set PYTHON=/path/to/a/newer/python")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	@touch $@
+
+quickstart: $(BIN)/.installed  ## data, training, evaluation, a streamed conversation, an export; names the report
+	PYTHON=$(BIN)/python launch/quickstart.sh quickstart $(RUN)
+
+demo: $(BIN)/.installed  ## the same with the demo model: about an hour on two cores
+	PYTHON=$(BIN)/python launch/quickstart.sh demo runs/demo
+
+test: $(BIN)/.installed  ## lint, then the whole test suite
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+test-slow: $(BIN)/.installed  ## tests that take minutes
+	$(BIN)/python -m pytest -m slow
+
+lint: $(BIN)/.installed  ## format and fix
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:  ## remove what the targets made, the environment included
+	rm -rf $(VENV) runs data build

@@ -1,0 +1,300 @@
+"""Training batches: shuffled, mixed by weight, cut into windows, sharded by process, exactly resumable.
+
+Every source is shuffled anew each epoch and repeated for ever; the sources are mixed by weight into one
+endless stream of examples, which depends on nothing but the data and the seed. Global batch n is the
+examples [n B, (n+1) B) of that stream, and process p of k holds rows [p B/k, (p+1) B/k) of it. So the
+rows of all processes, put together, are the batch of a single process; and the position in the stream is
+all the state there is: a checkpoint resumes on any number of processes, workers or rows a batch.
+
+An epoch takes one window of each session: the whole of a session that fits, padded with valid=False, else a
+cut at a random multiple of `video_every`. No length has to be known before a session is decoded, so
+opening costs the same for ten minutes of data and for a thousand hours.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+from absl import flags
+
+from data_pipelines import builder, recordings
+from tmljax.config import Experiment, UserError
+from tmljax.stream import weave
+from tmljax.stream.microturn import ABSENT, Layout
+from tmljax.stream.record import Session
+from tmljax.stream.text import Tokenizer
+
+Streams = dict[str, np.ndarray]  # of a session or window, see tmljax/stream/weave.py
+
+SYNTHETIC = "synthetic"  # the generated dataset's name in config.data.recordings
+THREADS = 2  # that weave batches beside the training thread
+AHEAD = 4  # batches kept ready
+CACHE_BYTES = 1 << 30  # of woven sessions kept in memory, over all sources and workers
+ENDLESS = 1 << 50  # examples; grain counts batches in floating point
+VALIDATION_SEED = 0  # the same windows for every run, whatever its seed
+
+
+class Source(NamedTuple):
+    """`sessions` is any random-access sequence of Session; weights are relative."""
+
+    name: str
+    weight: float
+    sessions: Sequence[Session]
+
+
+class WovenSessions:
+    """The sessions of one source as streams; those that fit into `budget` bytes are woven only once."""
+
+    def __init__(self, sessions: Sequence[Session], layout: Layout, tokenizer: Tokenizer, budget: int):
+        self._sessions, self._layout, self._tokenizer = sessions, layout, tokenizer
+        self._kept: dict[int, Streams] = {}
+        self._left = budget
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def __getitem__(self, index: int) -> Streams:
+        streams = self._kept.get(index)
+        if streams is None:
+            session = self._sessions[index]
+            streams = weave.weave(session, self._layout, self._tokenizer)
+            if session.family == recordings.UNHEARD:
+                streams["heard"][:] = ABSENT  # no target, which is not the same as nobody speaking
+            self._keep(index, streams)
+        return streams
+
+    def _keep(self, index: int, streams: Streams) -> None:
+        size = sum(array.nbytes for array in streams.values())
+        with self._lock:
+            if size <= self._left and index not in self._kept:
+                self._kept[index] = streams
+                self._left -= size
+
+    def __getstate__(self) -> dict[str, Any]:  # a worker process starts with an empty cache
+        size = sum(array.nbytes for streams in self._kept.values() for array in streams.values())
+        return self.__dict__ | {"_kept": {}, "_left": self._left + size, "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+
+
+class Window:
+    """Cuts an example of `length` micro-turns out of a session at a random place."""
+
+    def __init__(self, length: int, video_every: int):
+        self._length, self._every = length, video_every
+
+    def __call__(self, streams: Streams, rng: np.random.Generator) -> Streams:
+        start = draw_start(len(streams["valid"]), self._length, self._every, rng)
+        return weave.cut(streams, start, self._length)
+
+
+def draw_start(micro_turns: int, window: int, every: int, rng: np.random.Generator) -> int:
+    """First micro-turn of a window, a multiple of `every`; 0 where the session fits the window.
+
+    The window slides from where it holds only the first `every` micro-turns to where it holds only the last,
+    and is then pushed inside. So beginnings and endings, where replies stand, are drawn as often as the middle:
+    each micro-turn is seen with probability at least window / (micro_turns + window).
+    """
+    n, w = micro_turns // every, window // every
+    if n <= w:
+        return 0
+    return every * int(np.clip(rng.integers(1 - w, n), 0, n - w))
+
+
+class ProcessRows(grain.MapDataset):
+    """Of an endless stream of examples, from number `first` on, the rows of one process of each batch."""
+
+    def __init__(self, stream: grain.MapDataset, first: int, batch: int, process_index: int, process_count: int):
+        super().__init__(stream)
+        self._first, self._batch = first, batch
+        self._rows = batch // process_count
+        self._offset = process_index * self._rows
+
+    def __len__(self) -> int:
+        return (ENDLESS - self._first) // self._batch * self._rows
+
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return self.slice(index)
+        batch, row = divmod(index, self._rows)
+        return self._parent[self._first + batch * self._batch + self._offset + row]
+
+
+def stack(examples: Sequence[Streams]) -> Streams:
+    """A batch that shares no memory with cached sessions."""
+    return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
+
+
+def mix_examples(
+    sources: Sequence[Source], layout: Layout, tokenizer: Tokenizer, window: int, seed: int, cache: int = CACHE_BYTES
+) -> grain.MapDataset:
+    """The endless stream of examples. Raises UserError where a source is empty."""
+    every = layout.stream.video_every
+    streams = []
+    for number, source in enumerate(sources):
+        if not len(source.sessions):
+            raise UserError(f"{source.name} holds no session to train on")
+        woven = WovenSessions(source.sessions, layout, tokenizer, cache // len(sources))
+        source_seed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+        stream = grain.MapDataset.source(woven).seed(source_seed).shuffle().repeat()
+        streams.append(stream.random_map(Window(window, every)))
+    return grain.MapDataset.mix(streams, [source.weight for source in sources])
+
+
+class Loader(Iterator[Streams]):
+    """Endless batches of one process, with the position in the stream as json-able state."""
+
+    def __init__(
+        self,
+        stream: grain.MapDataset,
+        batch: int,
+        identity: dict[str, Any],
+        *,
+        process_index: int = 0,
+        process_count: int = 1,
+        workers: int = 0,
+    ):
+        if batch % process_count:
+            raise UserError(f"config.data.batch={batch} does not divide over {process_count} processes")
+        self._stream, self._batch, self._identity = stream, batch, identity
+        self._process = (process_index, process_count)
+        self._workers = workers
+        self._examples = 0
+        self._iterator: grain.DatasetIterator | None = None
+
+    def __next__(self) -> Streams:
+        if self._iterator is None:
+            self._iterator = self._open()
+        batch = next(self._iterator)
+        self._examples += self._batch
+        return batch
+
+    def _open(self) -> grain.DatasetIterator:
+        index, count = self._process
+        rows = ProcessRows(self._stream, self._examples, self._batch, index, count)
+        batches = rows.batch(self._batch // count, batch_fn=stack)
+        if not self._workers:
+            return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=AHEAD)))
+        if not flags.FLAGS.is_parsed():  # grain asks absl for its settings; outside a verb they are the defaults
+            flags.FLAGS.mark_as_parsed()
+        read = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
+        return iter(
+            batches.to_iter_dataset(read).mp_prefetch(
+                grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=2)
+            )
+        )
+
+    def start(self) -> None:
+        """Begins to prepare batches, while the caller compiles say."""
+        if self._iterator is None:
+            self._iterator = self._open()
+        self._iterator.start_prefetch()
+
+    def get_state(self) -> dict[str, Any]:
+        return {"examples": self._examples, **self._identity}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continues with the batch that would have come. Raises UserError where the data is not the same."""
+        for name, value in self._identity.items():
+            if state.get(name) != value:
+                raise UserError(
+                    f"the checkpoint was trained on other data: its {name} was {state.get(name)}, "
+                    f"now it is {value}; bring the data and seed back or train in a new workdir"
+                )
+        self.close()
+        self._examples = int(state["examples"])
+
+    def close(self) -> None:
+        """Ends threads and worker processes; the next batch starts them again."""
+        if self._iterator is not None:
+            self._iterator.close()
+        self._iterator = None
+
+
+def train_loader(
+    experiment: Experiment,
+    tokenizer: Tokenizer,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+    seed: int | None = None,
+) -> Loader:
+    """Batches of [batch / process_count, ...] arrays for ever; `seed` is config.train.seed unless given."""
+    data = experiment.data
+    return load_sources(
+        open_sources(experiment, "train"),
+        experiment,
+        tokenizer,
+        seed=experiment.train.seed if seed is None else seed,
+        process_index=process_index,
+        process_count=process_count,
+        workers=data.workers,
+    )
+
+
+def load_sources(
+    sources: Sequence[Source],
+    experiment: Experiment,
+    tokenizer: Tokenizer,
+    *,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    workers: int = 0,
+) -> Loader:
+    """As `train_loader`, from sources at hand."""
+    layout, data = Layout(experiment.stream), experiment.data
+    if tokenizer.vocab_size > experiment.stream.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, more than "
+            f"config.stream.vocab_size={experiment.stream.vocab_size}"
+        )
+    cache = CACHE_BYTES // max(workers, 1)
+    stream = mix_examples(sources, layout, tokenizer, data.window, seed, cache)
+    identity = {"seed": seed, "sources": [[s.name, len(s.sessions), s.weight] for s in sources]}
+    return Loader(
+        stream, data.batch, identity, process_index=process_index, process_count=process_count, workers=workers
+    )
+
+
+def validation_batches(
+    experiment: Experiment, tokenizer: Tokenizer, count: int, *, process_index: int = 0, process_count: int = 1
+) -> list[Streams]:
+    """The same `count` batches for every run of this data; they go round again where the split is smaller."""
+    loader = load_sources(
+        open_sources(experiment, "validation"),
+        experiment,
+        tokenizer,
+        seed=VALIDATION_SEED,
+        process_index=process_index,
+        process_count=process_count,
+    )
+    batches = [next(loader) for _ in range(count)]
+    loader.close()
+    return batches
+
+
+def open_sources(experiment: Experiment, split: str) -> list[Source]:
+    """The prepared dataset (weight 1 unless the recordings name `synthetic:w`) and each recordings manifest."""
+    weights = recordings.parse_manifests(experiment.data.recordings)
+    weights = {SYNTHETIC: weights.pop(SYNTHETIC, 1.0)} | weights
+    sources = []
+    for name, weight in weights.items():
+        if weight == 0:
+            continue
+        if name == SYNTHETIC:
+            sessions = builder.open_split(experiment, split)
+        else:
+            sessions = recordings.open_manifest(name, experiment, split)
+        if split == "train" or len(sessions):
+            sources.append(Source(name, weight, sessions))
+    if not sources:
+        raise UserError(f"config.data.recordings={experiment.data.recordings!r} leaves no {split} data at all")
+    return sources

@@ -1,0 +1,34 @@
+"""Scenario families: what each is for is said in its file. Every family is a function Stage -> Score."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from data_pipelines.scenarios import (
+    interruption,
+    model_backchannel,
+    no_answer,
+    pause,
+    self_correction,
+    turn_taking,
+    typed_text,
+    user_backchannel,
+    verbal_cue,
+    visual_cue,
+)
+from data_pipelines.scenarios.stage import Stage
+from data_pipelines.score import Score
+
+# family -> (how to compose one, its weight in the default mixture)
+FAMILIES: dict[str, tuple[Callable[[Stage], Score], float]] = {
+    "turn_taking": (turn_taking.compose, 0.22),
+    "pause": (pause.compose, 0.12),
+    "self_correction": (self_correction.compose, 0.08),
+    "interruption": (interruption.compose, 0.12),
+    "user_backchannel": (user_backchannel.compose, 0.08),
+    "model_backchannel": (model_backchannel.compose, 0.06),
+    "verbal_cue": (verbal_cue.compose, 0.10),
+    "no_answer": (no_answer.compose, 0.10),
+    "visual_cue": (visual_cue.compose, 0.06),
+    "typed_text": (typed_text.compose, 0.06),
+}

@@ -1,0 +1,73 @@
+"""No answer wanted: talk to somebody else, speech in the background, noise, silence; sometimes a request follows."""
+
+from __future__ import annotations
+
+from data_pipelines.scenarios.language import NAMES, THINGS, Rng, any_kind, choose, draw, draw_text, recital, statement
+from data_pipelines.scenarios.stage import Stage
+from data_pipelines.score import Score
+from data_pipelines.voices import draw_speaker
+
+ERRANDS = (
+    "can you open the {t}",
+    "where is the {t}",
+    "did you see my {t}",
+    "please bring me the {t}",
+    "i can not find the {t}",
+    "this is your {t}",
+)
+
+
+def compose(stage: Stage) -> Score:
+    rng = stage.rng
+    kind = rng.random()
+    start = stage.clock
+    if kind < 0.10:
+        stage.listens = True
+        stage.clock += rng.uniform(3, 5)
+    elif kind < 0.55:
+        _talk_to_others(stage)
+    else:
+        _background(stage)
+    if kind >= 0.10 and rng.random() < 0.5:
+        stage.expect_silence(start, stage.clock)
+        stage.rest(0.5, 1.2)
+        stage.exchange(draw(rng, stage.split))
+        return stage.score("no_answer", (0.1, 0.5))
+    score = stage.score("no_answer", (1.0, 1.6))
+    return _silent(score)
+
+
+def _silent(score: Score) -> Score:
+    from dataclasses import replace
+
+    return replace(score, truth=({"kind": "silence", "window": [0.0, score.seconds]},))
+
+
+def _talk_to_others(stage: Stage) -> None:
+    """The user speaks to somebody whose name comes first."""
+    rng = stage.rng
+    for turn in range(int(rng.integers(1, 3))):
+        if turn:
+            stage.rest(0.5, 1.5)
+        stage.user(draw_text(rng, stage.split, _to_somebody))
+
+
+def _to_somebody(rng: Rng) -> str:
+    name = choose(rng, NAMES)
+    kind = rng.random()
+    if kind < 0.5:
+        return f"{name} {choose(rng, ERRANDS).format(t=choose(rng, THINGS))}"
+    make = any_kind if kind < 0.8 else statement if kind < 0.9 else recital
+    return f"{name} {make(rng).text}"
+
+
+def _background(stage: Stage) -> None:
+    """Somebody else in the room, low and muffled, says what would deserve an answer."""
+    rng = stage.rng
+    other = draw_speaker(rng, stage.split)
+    for turn in range(int(rng.integers(1, 3))):
+        if turn:
+            stage.rest(0.3, 1.0)
+        said = draw(rng, stage.split, any_kind if rng.random() < 0.7 else statement)
+        speech = stage.speak("other", said.text, other, stage.clock, -rng.uniform(14, 22))
+        stage.clock = speech.end

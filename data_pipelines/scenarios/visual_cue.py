@@ -1,0 +1,62 @@
+"""Visual cue: "tell me when you see the red circle"; say so when it appears, and nothing before."""
+
+from __future__ import annotations
+
+from data_pipelines.scenarios.language import choose, draw_text
+from data_pipelines.scenarios.stage import Stage
+from data_pipelines.scenes import COLOURS, SHAPES, Scene, Thing, draw_thing
+from data_pipelines.score import Score, boundary
+from tmljax.stream.microturn import MICROTURN_SECONDS
+
+ORDERS = (
+    "tell me when you see the {c} {s}",
+    "tell me when the {c} {s} comes",
+    "say when you see the {c} {s}",
+    "let me know when you see the {c} {s}",
+    "look for the {c} {s}",
+    "i want to know when the {c} {s} comes",
+)
+SEE = 0.4  # seconds in which the model notices
+LATE = 2.0  # seconds after it appears in which its answer may begin
+
+
+def compose(stage: Stage) -> Score:
+    rng = stage.rng
+    colour, shape = choose(rng, tuple(COLOURS)), choose(rng, SHAPES)
+    stage.turn(draw_text(rng, stage.split, lambda r: choose(r, ORDERS).format(c=colour, s=shape)))
+    stage.reply("okay i will watch for it", ("watch",))
+    agreed = stage.clock
+    period = MICROTURN_SECONDS * stage.stream.video_every
+    first = int((agreed + rng.uniform(0.8, 4.0)) / period) + 1  # the frame in which the target appears
+    appears = first * period
+    stage.close(agreed + 0.3)
+    stage.expect_silence(agreed + 0.3, appears)
+    spoken = stage.model(f"i see the {colour} {shape} now", boundary(appears + SEE))
+    stage.truth.append(
+        {
+            "kind": "cue",
+            "modality": "visual",
+            "window": [round(appears, 3), round(appears + LATE, 3)],
+            "content": [colour, shape],
+        }
+    )
+    stage.clock = spoken.end
+    score_seconds = spoken.end + 1.6
+    frames = int(score_seconds / period) + 2
+    things = _distractors(stage, colour, shape, first)
+    things += [draw_thing(rng, colour, shape)] * (frames - first)
+    stage.scene = Scene(stage.stream.video_height, stage.stream.video_width, tuple(things))
+    return stage.score("visual_cue", (0.3, 0.7))
+
+
+def _distractors(stage: Stage, colour: str, shape: str, frames: int) -> list[Thing | None]:
+    """Other shapes, and now and then none, each for one to four frames."""
+    rng = stage.rng
+    others = [(c, s) for c in COLOURS for s in SHAPES if (c, s) != (colour, shape)]
+    near = [(c, s) for c, s in others if c == colour or s == shape]
+    things: list[Thing | None] = []
+    while len(things) < frames:
+        kind = rng.random()
+        thing = None if kind < 0.2 else draw_thing(rng, *choose(rng, near if kind < 0.7 else others))
+        things += [thing] * int(rng.integers(1, 5))
+    return things[:frames]

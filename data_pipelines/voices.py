@@ -1,0 +1,260 @@
+"""Voices: text in, speech with word times out.
+
+espeak-ng comes as a shared library in the `espeakng-loader` wheel. It keeps global state from one utterance
+to the next (pitch flutter, roughness, echo, a random seed); our copies of its voice files switch those off
+and the seed is set each time, so that speech is a function of text and speaker alone. One process each: the
+library is not thread-safe.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import hashlib
+import math
+import shutil
+import tempfile
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import espeakng_loader
+import numpy as np
+import soxr
+
+from tmljax.stream.microturn import SAMPLE_RATE
+from tmljax.stream.record import Word
+
+ACCENTS = {
+    "us": "gmw/en-US",
+    "gb": "gmw/en",
+    "rp": "gmw/en-GB-x-rp",
+    "lancaster": "gmw/en-GB-x-gbclan",
+    "midlands": "gmw/en-GB-x-gbcwmd",
+    "nyc": "gmw/en-US-nyc",
+    "caribbean": "gmw/en-029",
+}
+VARIANTS = (
+    "m1 m2 m3 m4 m5 m6 m7 m8 f1 f2 f3 f4 f5 Alex Andrea Annie Gene Hugo Jacky Lee Mario Michael Mike Alicia "
+    "anika aunty belinda benjamin boris david ed grandpa ian john linda paul pedro quincy rob sandro steph "
+    "travis victor zac croak"
+).split()
+MODEL_VARIANT = "m3"  # the model's own; no user has it
+
+# How words sound that the dictionary would read otherwise (espeak phoneme mnemonics).
+SOUNDS = {"mhm": "[[m@h'm]]", "uhhuh": "[[Vh'V]]", "um": "[[V:m]]", "uh": "[[V:]]"}
+LETTER_SOUNDS = {"a": "[[eI]]", "i": "[[aI]]"}  # the model says letters, never articles
+
+
+class Speaker(NamedTuple):
+    """One person: an accent, a vocal tract and habits."""
+
+    accent: str
+    variant: str
+    rate: int  # words per minute
+    pitch: int  # 0..99, 50 is the variant's own
+    range: int  # of pitch, 0..99
+
+
+MODEL = Speaker("us", MODEL_VARIANT, 165, 50, 35)
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """samples float32 [n] at 16 kHz, without silence at either end; words are timed from its start."""
+
+    samples: np.ndarray
+    words: tuple[Word, ...]
+
+    @property
+    def seconds(self) -> float:
+        return len(self.samples) / SAMPLE_RATE
+
+
+class Voice(Protocol):
+    """Anything that speaks; a better synthesiser drops in here."""
+
+    def say(self, text: str) -> Utterance: ...
+
+
+@cache
+def split_of(text: str) -> str:
+    """The split that a sentence or a voice belongs to: by its hash, so that it can be in one only."""
+    share = hashlib.blake2b(text.encode(), digest_size=4).digest()[0] / 256
+    return "test" if share < 0.12 else "validation" if share < 0.20 else "train"
+
+
+@cache
+def cast(split: str) -> tuple[tuple[str, str], ...]:
+    """(accent, variant) of everybody who may speak to the model in this split."""
+    everybody = ((a, v) for a in ACCENTS for v in VARIANTS if v != MODEL_VARIANT)
+    return tuple(person for person in everybody if split_of("voice " + "+".join(person)) == split)
+
+
+def draw_speaker(rng: np.random.Generator, split: str) -> Speaker:
+    people = cast(split)
+    accent, variant = people[rng.integers(len(people))]
+    return Speaker(accent, variant, int(rng.integers(165, 226)), int(rng.integers(30, 71)), int(rng.integers(30, 71)))
+
+
+class _Event(ctypes.Structure):
+    _fields_ = [
+        ("type", ctypes.c_int),
+        ("unique_identifier", ctypes.c_uint),
+        ("text_position", ctypes.c_int),
+        ("length", ctypes.c_int),
+        ("audio_position", ctypes.c_int),
+        ("sample", ctypes.c_int),
+        ("user_data", ctypes.c_void_p),
+        ("id", ctypes.c_char * 8),
+    ]
+
+
+_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event))
+_EVENT_WORD, _EVENT_END = 1, 5
+_SYNCHRONOUS, _BUFFER_MS = 2, 4000
+_RATE, _PITCH, _RANGE = 1, 3, 4
+_UTF8, _PHONEMES = 1, 0x100
+
+
+@cache
+def _data_folder() -> str:
+    """espeak's data with our voice files; links to the wheel for the rest."""
+    source = Path(espeakng_loader.get_data_path())
+    folder = Path(tempfile.mkdtemp(prefix="tmljax-voices-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    for name in ("phondata", "phonindex", "phontab", "intonations", "en_dict", "lang"):
+        (folder / name).symlink_to(source / name)
+    (folder / "voices" / "!v").mkdir(parents=True)
+    for variant in VARIANTS:
+        lines = (source / "voices" / "!v" / variant).read_text().splitlines()
+        kept = [line for line in lines if not line.startswith(("flutter", "echo", "roughness"))]
+        (folder / "voices" / "!v" / variant).write_text("\n".join([*kept, "flutter 0", "echo 0 0", "roughness 0", ""]))
+    return str(folder)
+
+
+class Espeak:
+    """The library; one per process, since its state is global."""
+
+    def __init__(self) -> None:
+        self._library = ctypes.CDLL(str(espeakng_loader.get_library_path()))
+        self._chunks: list[bytes] = []
+        self._events: list[tuple[int, int, int]] = []  # type, character, sample
+        self._callback = _CALLBACK(self._receive)
+        self._speaker: Speaker | None = None
+        self.rate = self._library.espeak_Initialize(_SYNCHRONOUS, _BUFFER_MS, _data_folder().encode(), 0)
+        assert self.rate > 0, "espeak-ng did not start"
+        self._library.espeak_SetSynthCallback(self._callback)
+
+    def _receive(self, wav, count: int, events) -> int:
+        if count > 0:
+            self._chunks.append(ctypes.string_at(wav, 2 * count))
+        i = 0
+        while events[i].type:
+            event = events[i]
+            self._events.append((event.type, event.text_position, event.sample))
+            i += 1
+        return 0
+
+    def _become(self, speaker: Speaker) -> None:
+        if speaker == self._speaker:
+            return
+        status = self._library.espeak_SetVoiceByName(f"{ACCENTS[speaker.accent]}+{speaker.variant}".encode())
+        assert status == 0, f"espeak-ng has no voice {speaker}"
+        for parameter, value in ((_RATE, speaker.rate), (_PITCH, speaker.pitch), (_RANGE, speaker.range)):
+            self._library.espeak_SetParameter(parameter, value, 0)
+        self._speaker = speaker
+
+    def say(self, text: str, speaker: Speaker, sounds: Mapping[str, str] = SOUNDS) -> Utterance:
+        """Words of `text` are separated by spaces and may carry punctuation."""
+        self._become(speaker)
+        words = text.split()
+        spoken = [sounds.get(word.strip(",.?!"), word) for word in words]
+        starts = np.cumsum([0] + [len(s) + 1 for s in spoken[:-1]])
+        encoded = " ".join(spoken).encode()
+        self._library.espeak_ng_SetRandSeed(ctypes.c_long(1))
+        self._chunks, self._events = [], []
+        status = self._library.espeak_Synth(encoded, len(encoded) + 1, 0, 1, 0, _UTF8 | _PHONEMES, None, None)
+        assert status == 0, f"espeak-ng could not say {text!r}"
+        samples = np.frombuffer(b"".join(self._chunks), np.int16).astype(np.float32) / 32768
+        onsets = np.full(len(words), -1.0)
+        closed = len(samples) / self.rate
+        for kind, character, sample in self._events:
+            if kind == _EVENT_WORD:
+                word = int(np.searchsorted(starts, character - 1, side="right")) - 1
+                if onsets[word] < 0:
+                    onsets[word] = sample / self.rate
+            elif kind == _EVENT_END:
+                closed = sample / self.rate
+        resampled = soxr.resample(samples, self.rate, SAMPLE_RATE, quality="MQ").astype(np.float32, copy=False)
+        return _tighten(resampled, [w.strip(",.?!") for w in words], _fill(onsets, spoken, closed))
+
+
+def _fill(onsets: np.ndarray, spoken: list[str], end: float) -> np.ndarray:
+    """Times of word borders [words + 1]; words that espeak merged ("of the") share their time by length."""
+    borders = np.append(onsets, end)
+    borders[0] = max(borders[0], 0.0)
+    known = np.flatnonzero(borders >= 0)
+    for a, b in zip(known, known[1:]):
+        lengths = np.cumsum([len(spoken[i]) for i in range(a, b)])
+        borders[a + 1 : b] = borders[a] + (borders[b] - borders[a]) * lengths[:-1] / lengths[-1]
+    return np.maximum.accumulate(borders)
+
+
+_BLOCK = 80  # 5 ms
+
+
+def _tighten(samples: np.ndarray, words: list[str], borders: np.ndarray) -> Utterance:
+    """Cuts silence off both ends and ends each word where its sound ends."""
+    blocks = len(samples) // _BLOCK
+    level = np.sqrt(np.mean(samples[: blocks * _BLOCK].reshape(blocks, _BLOCK) ** 2, axis=1))
+    loud = np.flatnonzero(level > max(0.02 * level.max(), 1e-4))
+    first, last = int(loud[0]), int(loud[-1]) + 1
+    step = _BLOCK / SAMPLE_RATE
+    timed = []
+    for text, start, end in zip(words, borders, borders[1:]):
+        inside = loud[np.searchsorted(loud, start / step - 0.5) : np.searchsorted(loud, end / step - 0.5)]
+        if len(inside):
+            start, end = max(start, inside[0] * step), min(max((inside[-1] + 1) * step, start + step), end)
+        start, end = (min(max(t - first * step, 0.0), (last - first) * step) for t in (start, end))
+        timed.append(Word(text, round(float(start), 4), round(float(max(end, start)), 4)))
+    return Utterance(np.ascontiguousarray(samples[first * _BLOCK : last * _BLOCK]), tuple(timed))
+
+
+class Voices:
+    """Everybody who can speak in this process; recent utterances are remembered, the model's replies repeat."""
+
+    def __init__(self, remembered: int = 2048) -> None:
+        self._espeak = Espeak()
+        self._said: OrderedDict[tuple[str, Speaker], Utterance] = OrderedDict()
+        self._remembered = remembered
+
+    def say(self, text: str, speaker: Speaker) -> Utterance:
+        key = (text, speaker)
+        if key not in self._said:
+            sounds = SOUNDS | LETTER_SOUNDS if speaker == MODEL else SOUNDS
+            self._said[key] = self._espeak.say(text, speaker, sounds)
+            if len(self._said) > self._remembered:
+                self._said.popitem(last=False)
+        self._said.move_to_end(key)
+        return self._said[key]
+
+    def voice(self, speaker: Speaker) -> Voice:
+        return _Person(self, speaker)
+
+
+@dataclass(frozen=True)
+class _Person:
+    voices: Voices
+    speaker: Speaker
+
+    def say(self, text: str) -> Utterance:
+        return self.voices.say(text, self.speaker)
+
+
+def level_db(samples: np.ndarray) -> float:
+    """Root mean square in dB of full scale."""
+    return 20 * math.log10(max(float(np.sqrt(np.mean(np.square(samples)))), 1e-6)) if len(samples) else -120.0

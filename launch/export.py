@@ -1,0 +1,57 @@
+"""Writes a checkpoint as a self-contained directory for serving.
+
+    python -m launch.export --workdir=DIR --output=EXPORT [--sessions=1]
+
+EXPORT holds weights, config, tokenizer, the tick as StableHLO for CPU, CUDA and TPU, and a manifest with hashes;
+`python -m launch.stream --workdir=EXPORT` runs it without the model's source. The program has a fixed number of
+session slots.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+
+from launch import verb
+from tmljax import checkpoint
+from tmljax.config import UserError
+from tmljax.serve import export
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("workdir", None, "training workdir", required=True)
+    flags.DEFINE_string("output", None, "directory to write", required=True)
+    flags.DEFINE_integer("sessions", 1, "session slots of the tick", lower_bound=1)
+    flags.DEFINE_integer("step", None, "checkpoint of the workdir; the newest complete one by default")
+
+
+def main(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+        raise UserError(f"{argv[1]!r} is not a flag; see --help")
+    given = flags.FLAGS
+    export_workdir(given.workdir, given.output, given.sessions, given.step)
+
+
+def export_workdir(workdir: str, output: str, sessions: int = 1, step: int | None = None) -> dict:
+    """The verb; returns the manifest."""
+    export.refuse_foreign(Path(os.path.abspath(output)))
+    step = checkpoint.latest_complete(workdir) if step is None else step
+    experiment, tokenizer, params = checkpoint.load_for_serving(workdir, step)
+    name = os.path.basename(os.path.abspath(workdir))
+    manifest = export.export(output, experiment, tokenizer, params, step=step, name=name, sessions=sessions)
+    size = sum(file["bytes"] for file in manifest["files"].values())
+    print(
+        f"exported {name}, step {step}: {manifest['parameters']:,} parameters, {size / 2**20:.1f} MiB, "
+        f"{sessions} session slot(s), for {', '.join(manifest['platforms'])}"
+    )
+    print(f"try: python -m launch.stream --workdir={output} --input=in.wav --output=out.wav")
+    return manifest
+
+
+if __name__ == "__main__":
+    define_flags()
+    sys.exit(verb.run(main))

@@ -1,0 +1,171 @@
+"""What every verb shares: flags that end in one clear line, and the config they name.
+
+A verb is a module with a docstring, `define_flags()` and `main(argv)`, started by `sys.exit(verb.run(main))`.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import errno
+import importlib.util
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+from absl import flags, logging
+
+from tmljax.config import Experiment, UserError, from_config_dict
+
+OVERRIDE = re.compile(r"--?config\.(?P<field>[^=]+)(=(?P<value>.*))?", re.DOTALL)
+MISTAKES = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+}
+
+
+def define_config() -> None:
+    """--config, and --config.a.b=VALUE for any of its fields."""
+    flags.DEFINE_string(
+        "config",
+        None,
+        "config file; FILE.py:X hands X to its get_config. Any field is overridden by --config.GROUP.FIELD=VALUE",
+        required=True,
+    )
+    flags.DEFINE_multi_string("config_field", [], "the same as --config.GROUP.FIELD=VALUE, as GROUP.FIELD=VALUE")
+
+
+def experiment() -> Experiment:
+    """The experiment that the flags describe. Raises UserError naming the field or the file at fault."""
+    return load_experiment(flags.FLAGS.config, flags.FLAGS.config_field)
+
+
+def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
+    """Runs a verb and returns its exit code: 2 and one line for a user's mistake, 130 after Ctrl-C."""
+    logging.set_verbosity(logging.FATAL)  # libraries log what they also raise
+    argv = list(sys.argv if argv is None else argv)
+    if {"--help", "-h", "-help", "--helpfull", "--helpshort"} & set(argv[1:]):
+        print(help_text(main))
+        return 0
+    try:
+        return main(parse_flags(argv)) or 0
+    except UserError as e:
+        return complain(str(e))
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except OSError as e:
+        if e.errno not in MISTAKES:
+            raise
+        return complain(f"{e.filename or 'writing'}: {e.strerror}")
+
+
+def complain(message: str) -> int:
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """Returns what is no flag. Raises UserError for unknown flags and impossible values."""
+    try:
+        return flags.FLAGS(rewrite_overrides(argv))
+    except flags.Error as e:
+        missing = re.search(r"--(\w+) must have a value other than None", str(e))
+        if missing:
+            raise UserError(f"--{missing[1]} is missing; see --help") from None
+        raise UserError(f"{str(e).removeprefix('flag ')}; see --help") from None
+
+
+def rewrite_overrides(argv: Sequence[str]) -> list[str]:
+    """--config.a.b=v, which absl has no flag for, as --config_field=a.b=v; also in the form --config.a.b v."""
+    rewritten, rest = [], iter(argv)
+    for argument in rest:
+        match = OVERRIDE.fullmatch(argument)
+        if match is None:
+            rewritten.append(argument)
+            continue
+        value = match["value"] if match["value"] is not None else next(rest, None)
+        if value is None:
+            raise UserError(f"{argument} needs a value: {argument}=VALUE")
+        rewritten.append(f"--config_field={match['field']}={value}")
+    return rewritten
+
+
+def help_text(main: Callable[..., Any]) -> str:
+    module = sys.modules[main.__module__]
+    lines = [(module.__doc__ or "").strip(), "", "flags:"]
+    for name in sorted(flags.FLAGS):
+        flag = flags.FLAGS[name]
+        if flags.FLAGS.find_module_defining_flag(name) in (sys.argv[0], module.__name__, __name__):
+            default = f" (default: {flag.default_as_str})" if flag.default not in (None, [], False) else ""
+            lines.append(f"  --{name}: {flag.help}{default}")
+    return "\n".join(lines)
+
+
+def load_experiment(file: str, overrides: Sequence[str] = ()) -> Experiment:
+    """Of FILE.py or FILE.py:ARGUMENT, and GROUP.FIELD=VALUE overrides."""
+    path, _, argument = file.partition(".py:")
+    config = run_config_file(path + ".py" if argument else path, argument)
+    tree = config.to_dict()
+    for override in overrides:
+        field, _, text = override.partition("=")
+        set_field(tree, field.split("."), text)
+    return from_config_dict(ml_collections.ConfigDict(tree, type_safe=False))
+
+
+def run_config_file(path: str, argument: str = "") -> ml_collections.ConfigDict:
+    """What get_config() of this file returns. Raises UserError for a file that is absent or fails."""
+    if not os.path.isfile(path):
+        folder = Path(path).parent
+        near = difflib.get_close_matches(Path(path).name, [p.name for p in folder.glob("*.py")], n=1)
+        raise UserError(
+            f"--config={path}: there is no such file" + (f"; did you mean {folder / near[0]}?" if near else "")
+        )
+    spec = importlib.util.spec_from_file_location("config_file", path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"--config={path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config(argument) if argument else module.get_config()
+    except Exception as e:
+        line = next(
+            (f.lineno for f in reversed(traceback.extract_tb(e.__traceback__)) if f.filename == spec.origin), None
+        )
+        where = f"{path}:{line}" if line else path
+        raise UserError(f"--config={where} fails: {type(e).__name__}: {e}") from e
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise UserError(f"--config={path}: get_config() returned {type(config).__name__}, not a ConfigDict")
+    return config
+
+
+def set_field(tree: dict[str, Any], path: Sequence[str], text: str) -> None:
+    """Names and types are judged later, with the whole config (`tmljax.config.from_config_dict`)."""
+    *groups, name = path
+    for depth, group in enumerate(groups):
+        tree = tree.setdefault(group, {})
+        if not isinstance(tree, dict):
+            raise UserError(
+                f"config.{'.'.join(path[: depth + 1])} is a value, so config.{'.'.join(path)} does not exist"
+            )
+    if isinstance(tree.get(name), dict) and not text.startswith("{"):
+        raise UserError(f"config.{'.'.join(path)} is a group of fields: {', '.join(sorted(tree[name]))}")
+    tree[name] = text if isinstance(tree.get(name), str) else parse_value(text)
+
+
+def parse_value(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text

@@ -1,0 +1,288 @@
+"""The loader is a pure function of data, seed and position: whatever is interrupted, sharded or threaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from data_pipelines import loader, recordings
+from tmljax import config
+from tmljax.config import UserError
+from tmljax.stream import weave
+from tmljax.stream.microturn import ABSENT, FRAMES, HOLD, IDLE, MEL, Layout
+from tmljax.stream.record import Session, Word
+from tmljax.stream.text import Tokenizer
+
+TOKENIZER = Tokenizer.train(["one two three four five"], 400)
+WINDOW, EVERY = 8, 2
+STREAM = config.Stream(video_every=EVERY, vocab_size=400)
+LAYOUT = Layout(STREAM)
+
+
+def make_session(number: int, microturns: int, family: str = "turn_taking") -> Session:
+    """Frame f of session n holds the number n in channel 0 of the model's mel and f in channel 1."""
+    frames = microturns * FRAMES
+    mel = np.zeros((frames, MEL), np.float16)
+    mel[:, 0], mel[:, 1] = number, np.arange(frames)
+    dmel = np.random.default_rng(number).integers(0, 16, (frames, MEL)).astype(np.uint8)
+    video = np.full((-(-microturns // EVERY), 40, 40, 3), number, np.uint8)
+    video[:, 0, 0, 0] = np.arange(len(video))
+    user = (Word("one", 0.1, 0.3), Word("two", 0.4, 0.5))
+    return Session(str(number), family, frames, dmel, mel, user_words=user, model_words=user, video=video)
+
+
+def make_sessions(count: int = 10, first: int = 0) -> list[Session]:
+    return [make_session(first + i, 3 + 2 * i) for i in range(count)]
+
+
+def make_experiment(batch: int = 4, **data: object) -> config.Experiment:
+    return config.Experiment(stream=STREAM, data=config.Data(window=WINDOW, batch=batch, **data))
+
+
+def load(sessions: list[Session] | None = None, *, seed: int = 3, batch: int = 4, **how: int) -> loader.Loader:
+    sources = [loader.Source("some", 1.0, make_sessions() if sessions is None else sessions)]
+    return loader.load_sources(sources, make_experiment(batch), TOKENIZER, seed=seed, **how)
+
+
+def take(batches: loader.Loader, count: int) -> list[loader.Streams]:
+    taken = [next(batches) for _ in range(count)]
+    batches.close()
+    return taken
+
+
+def assert_same(first: list[loader.Streams], second: list[loader.Streams]) -> None:
+    assert len(first) == len(second)
+    for one, other in zip(first, second, strict=True):
+        assert one.keys() == other.keys()
+        for name in one:
+            assert one[name].dtype == other[name].dtype
+            np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+
+
+def numbers(batches: list[loader.Streams]) -> list[int]:
+    """Which session each row comes from."""
+    return [int(n) for batch in batches for n in batch["model_mel"][:, 0, 0, 0]]
+
+
+def test_batches_have_the_contracts_shapes_and_types() -> None:
+    (batch,) = take(load(), 1)
+    T, TV = WINDOW, WINDOW // EVERY
+    expected = {
+        "user_dmel": ((4, T, 8, 80), np.uint8),
+        "user_present": ((4, T), np.bool_),
+        "video": ((4, TV, 1, 4800), np.uint8),
+        "video_present": ((4, TV), np.bool_),
+        "user_text": ((4, T, 1), np.int32),
+        "model_text": ((4, T, 1), np.int32),
+        "model_mel": ((4, T, 8, 80), np.float16),
+        "heard": ((4, T), np.int32),
+        "valid": ((4, T), np.bool_),
+        "start": ((4,), np.int32),
+    }
+    assert {name: (array.shape, array.dtype) for name, array in batch.items()} == expected
+
+
+@pytest.mark.parametrize("stop", [0, 1, 5, 11])
+def test_resume_continues_with_the_batch_that_would_have_come(stop: int) -> None:
+    whole = take(load(), 14)
+    first = load()
+    for _ in range(stop):
+        next(first)
+    state = json.loads(json.dumps(first.get_state()))
+    first.close()
+    second = load()
+    next(second)  # a loader already in use is moved too
+    second.set_state(state)
+    assert second.get_state() == state
+    assert_same(take(second, 14 - stop), whole[stop:])
+
+
+def test_prefetching_ahead_is_not_in_the_state() -> None:
+    batches = load()
+    batches.start()
+    assert batches.get_state()["examples"] == 0
+    next(batches)
+    assert batches.get_state()["examples"] == 4
+    batches.close()
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_the_rows_of_all_processes_are_the_batch_of_one(count: int) -> None:
+    whole = take(load(batch=12), 5)
+    parts = [take(load(batch=12, process_index=p, process_count=count), 5) for p in range(count)]
+    assert parts[0][0]["valid"].shape[0] == 12 // count
+    joined = [{name: np.concatenate([part[i][name] for part in parts]) for name in whole[i]} for i in range(5)]
+    assert_same(joined, whole)
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_an_epoch_holds_each_session_once_over_all_processes(count: int) -> None:
+    """12 sessions are an epoch of one batch; 24 processes-times-batches hold two."""
+    sessions = make_sessions(24)
+    parts = [numbers(take(load(sessions, batch=12, process_index=p, process_count=count), 4)) for p in range(count)]
+    rows = 12 // count
+    for epoch in (0, 2 * rows):
+        seen = [n for part in parts for n in part[epoch : epoch + 2 * rows]]
+        assert sorted(seen) == list(range(24))
+
+
+def test_resume_on_other_processes_and_rows_goes_on_in_the_same_stream() -> None:
+    whole = numbers(take(load(batch=4), 9))
+    one = load(batch=4)
+    for _ in range(3):
+        next(one)
+    state = one.get_state()
+    one.close()
+    parts = []
+    for p in range(2):
+        part = load(batch=12, process_index=p, process_count=2)
+        part.set_state(state)
+        parts.append(numbers(take(part, 2)))
+    after = [n for i in range(2) for part in parts for n in part[6 * i : 6 * i + 6]]
+    assert after == whole[12:]
+
+
+def test_batch_that_does_not_divide_is_the_users_mistake() -> None:
+    with pytest.raises(UserError, match=r"config\.data\.batch=4 .* 3 processes"):
+        load(process_count=3)
+
+
+def test_epochs_and_seeds_shuffle_differently_but_again_the_same() -> None:
+    sessions = make_sessions(20)
+    order = numbers(take(load(sessions), 10))
+    first, second = order[:20], order[20:]
+    assert sorted(first) == sorted(second) == list(range(20))
+    assert first != second != list(range(20)) != first
+    assert numbers(take(load(sessions), 10)) == order
+    assert numbers(take(load(sessions, seed=4), 5)) != first
+    assert numbers(take(load(sessions, seed=4), 5)) != second  # no seed is another's next epoch
+
+
+def test_mixture_follows_the_weights_and_each_source_its_own_epochs() -> None:
+    sources = [
+        loader.Source("a", 0.5, make_sessions(10)),
+        loader.Source("b", 1.5, make_sessions(6, first=100)),
+        loader.Source("c", 2.0, make_sessions(3, first=200)),
+    ]
+    drawn = numbers(take(loader.load_sources(sources, make_experiment(8), TOKENIZER, seed=0), 30))
+    counts = [sum(low <= n < low + 100 for n in drawn) for low in (0, 100, 200)]
+    np.testing.assert_allclose(counts, [30, 90, 120], atol=2)
+    own = [n for n in drawn if n < 100]
+    assert sorted(own[:10]) == sorted(own[10:20]) == list(range(10))
+    assert max(np.diff([i for i, n in enumerate(drawn) if n < 100])) <= 12  # evenly spread
+
+
+def test_windows_start_on_a_frame_and_carry_their_clock() -> None:
+    long = make_session(7, 41)
+    streams = weave.weave(long, LAYOUT, TOKENIZER)
+    starts = set()
+    for batch in take(load([long], batch=16), 12):
+        for row, start in enumerate(batch["start"]):
+            starts.add(int(start))
+            assert start % EVERY == 0
+            np.testing.assert_array_equal(batch["user_dmel"][row], streams["user_dmel"][start : start + WINDOW])
+            # what is heard in micro-turn t + 1 is the target of t
+            assert batch["model_mel"][row, 0, 0, 1] == (start + 1) * FRAMES
+            assert batch["video"][row, 0, 0, 0] == start // EVERY
+    assert starts == set(range(0, 42 - WINDOW + 1, EVERY))
+
+
+def test_all_of_a_long_session_is_seen_about_equally_often() -> None:
+    T, rng = 60, np.random.default_rng(0)
+    seen = np.zeros(T)
+    for _ in range(4000):
+        start = loader.draw_start(T, 20, EVERY, rng)
+        seen[start : start + 20] += 1
+    seen /= 4000
+    assert seen.min() > 20 / 80 - 0.03
+    assert seen.max() < 2 * 20 / 80 + 0.03
+
+
+def test_short_sessions_are_padded_at_their_end() -> None:
+    (batch,) = take(load([make_session(5, 3)], batch=1), 1)
+    np.testing.assert_array_equal(batch["valid"][0], [True] * 3 + [False] * 5)
+    assert batch["start"][0] == 0
+    assert not batch["user_present"][0, 3:].any() and not batch["video_present"][0, 2:].any()
+    assert (batch["model_text"][0, 4:] == IDLE).all() and (batch["user_text"][0] == ABSENT).all()
+    assert (batch["model_text"][0, :2] > HOLD).all()
+
+
+def test_unknown_user_words_are_no_target_but_silence_is() -> None:
+    known, unknown = (
+        dataclasses.replace(make_session(0, 6), user_words=(), family=family)
+        for family in (recordings.FAMILY, recordings.UNHEARD)
+    )
+    assert (take(load([known], batch=1), 1)[0]["heard"] == IDLE).all()
+    assert (take(load([unknown], batch=1), 1)[0]["heard"][0, :6] == ABSENT).all()
+
+
+def test_batches_share_no_memory_with_each_other_or_the_cache() -> None:
+    first, again = load([make_session(1, WINDOW)], batch=1), load([make_session(1, WINDOW)], batch=1)
+    expected = take(again, 2)
+    next(first)["user_dmel"][:] = 99
+    assert_same([next(first)], expected[1:])
+    first.close()
+
+
+def test_cache_changes_nothing_and_keeps_to_its_budget() -> None:
+    sessions = make_sessions(12)
+    size = sum(array.nbytes for array in weave.weave(sessions[0], LAYOUT, TOKENIZER).values())
+    woven = loader.WovenSessions(sessions, LAYOUT, TOKENIZER, size)
+    for i in (0, 5, 0):
+        assert_same([woven[i]], [weave.weave(sessions[i], LAYOUT, TOKENIZER)])
+    assert woven[0] is woven[0]
+    assert woven[5] is not woven[5]
+
+
+def test_worker_processes_make_the_same_batches() -> None:
+    expected = take(load(), 5)
+    workers = load(workers=2)
+    assert_same([next(workers) for _ in range(3)], expected[:3])
+    state = workers.get_state()
+    workers.close()
+    threads = load()
+    threads.set_state(state)
+    assert_same(take(threads, 2), expected[3:])
+
+
+class BackendWatch(list):
+    """Sessions that tell whether jax has started a backend where they are read."""
+
+    def __getitem__(self, index: int) -> Session:
+        from jax._src import xla_bridge
+
+        return make_session(200 if xla_bridge._backends else 100, 4)
+
+
+def test_workers_start_no_device() -> None:
+    workers = load(BackendWatch(range(4)), workers=1)
+    assert set(numbers(take(workers, 1))) == {100}
+
+
+def test_state_of_other_data_is_refused() -> None:
+    state = load().get_state()
+    with pytest.raises(UserError, match="sources"):
+        load(make_sessions(9)).set_state(state)
+    with pytest.raises(UserError, match="seed"):
+        load(seed=9).set_state(state)
+
+
+def test_errors_in_the_data_reach_the_caller() -> None:
+    class Broken(list):
+        def __getitem__(self, index: int) -> Session:
+            raise UserError("the shard is damaged")
+
+    with pytest.raises(UserError, match="damaged"):
+        next(load(Broken(range(3))))
+
+
+def test_empty_sources_and_foreign_tokenizers_are_refused() -> None:
+    with pytest.raises(UserError, match="no session"):
+        load([])
+    tight = config.Stream(video_every=EVERY, vocab_size=TOKENIZER.vocab_size - 1)
+    small = dataclasses.replace(make_experiment(), stream=tight)
+    with pytest.raises(UserError, match="vocab_size"):
+        loader.load_sources([loader.Source("some", 1.0, make_sessions())], small, TOKENIZER, seed=0)

@@ -1,0 +1,162 @@
+"""The laws of the stream contract: causality, streaming equals teacher forcing, isolation."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tmljax import config
+from tmljax.decode.tick import TickInput, init_state, tick
+from tmljax.model.interaction import Definition
+from tmljax.ops.flow import normalise
+
+STREAM = config.Stream(
+    frames_per_slot=4, video_height=80, patches_per_slot=2, user_text_slots=2, model_text_slots=2, vocab_size=320
+)
+MODEL = config.Model(
+    d_model=32, layers=2, heads=4, kv_heads=2, head_dim=8, window=5,
+    moe=config.Moe(experts=4, top_k=2, expert_width=16, shared_width=16, block_rows=8),
+    flow=config.Flow(width=16, depth=1),
+)  # fmt: skip
+DEFINITION = Definition(STREAM, MODEL)
+T = 14  # nearly three times the window: the ring wraps
+
+
+@pytest.fixture(scope="module")
+def params():
+    """Random everywhere, zero-initialised layers and biases included: no path may hide behind a zero."""
+    leaves, tree = jax.tree.flatten(DEFINITION.init(jax.random.key(1)))
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    return jax.tree.unflatten(tree, [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)])
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return random_batch(2)
+
+
+def random_batch(B: int) -> dict:
+    rng, layout = np.random.default_rng(0), DEFINITION.layout
+    integers = partial(rng.integers, dtype=np.int32)
+    return {
+        "user_dmel": rng.integers(0, 16, (B, T, 8, 80), dtype=np.uint8),
+        "user_present": rng.random((B, T)) < 0.8,
+        "video": rng.integers(0, 256, (B, T // 2, layout.patches, 4800), dtype=np.uint8),
+        "video_present": rng.random((B, T // 2)) < 0.6,
+        "user_text": integers(0, 320, (B, T, 2)) * (rng.random((B, T, 2)) < 0.5).astype(np.int32),
+        "model_text": integers(1, 320, (B, T, 2)),
+        "model_mel": rng.uniform(-7, 2, (B, T, 8, 80)).astype(np.float16),
+        "heard": integers(1, 320, (B, T)),
+        "valid": np.ones((B, T), bool),
+        "start": np.array([0] * B, np.int32),
+    }
+
+
+def inputs_at(batch: dict, t: int, reset: bool) -> TickInput:
+    B, frame = len(batch["start"]), t // STREAM.video_every
+    due = t % STREAM.video_every == 0
+    return TickInput(
+        batch["user_dmel"][:, t], batch["user_present"][:, t], batch["video"][:, frame],
+        batch["video_present"][:, frame] & due, batch["user_text"][:, t],
+        np.full(B, reset), np.arange(B, dtype=np.uint32),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run_tick():
+    return jax.jit(partial(tick, DEFINITION, sampling=config.Sampling()))
+
+
+def test_streaming_equals_teacher_forcing(params, batch, run_tick):
+    whole = jax.jit(lambda p, b: DEFINITION.bind(p)(b))(params, batch)
+    state = init_state(DEFINITION, 2)
+    for t in range(T):
+        forced = (batch["model_text"][:, t], batch["model_mel"][:, t].astype(np.float32))
+        state, out = run_tick(params, state, inputs_at(batch, t, t == 0), forced=forced)
+        np.testing.assert_allclose(out.text_logits, whole.text_BTSV[:, t], atol=2e-4, rtol=1e-4)
+        np.testing.assert_allclose(out.audio_condition, whole.condition_BTSD[:, t], atol=2e-4, rtol=1e-4)
+        np.testing.assert_array_equal(out.heard, jnp.argmax(whole.heard_BTV[:, t], -1))
+
+
+def test_window_makes_a_difference(params, batch):
+    """The law above would hold trivially if nothing beyond the window were ever forgotten."""
+    wide = Definition(STREAM, replace(MODEL, window=T))
+    near, far = (jax.jit(lambda p, b, d=d: d.bind(p)(b).text_BTSV)(params, batch) for d in (DEFINITION, wide))
+    np.testing.assert_allclose(near[:, :3], far[:, :3], atol=1e-4)
+    assert np.abs(near[:, -1] - far[:, -1]).max() > 1e-2
+
+
+@pytest.mark.parametrize("kind", ["text", "speech", "heard"])
+def test_causality(params, batch, kind):
+    """The gradient of an output with respect to anything after its inputs is exactly zero, per stream."""
+    t, layout = 12, DEFINITION.layout
+    model = DEFINITION.bind(params)
+    x_BTSD, present_BTS = model.weave(batch)
+    B, _, S, D = x_BTSD.shape
+
+    def output(x_BTSD):
+        z_BPD, _ = model.trunk(
+            x_BTSD.reshape(B, T * S, D), jnp.repeat(jnp.tile(jnp.arange(T)[None], (B, 1)), S, axis=1),
+            jnp.tile(jnp.arange(S), T), jnp.ones((B, T * S), bool), None,
+        )  # fmt: skip
+        z_BSD = z_BPD.reshape(B, T, S, D)[:, t]
+        if kind == "heard":
+            return jnp.sum(model.heard_head(z_BSD[:, layout.inputs - 1]) ** 2)
+        if kind == "text":
+            return jnp.sum(model.text_head(z_BSD[:, layout.inputs - 1]) ** 2)
+        return jnp.sum(model.flow_head.endpoint(z_BSD[:, S - 2], jnp.ones((B, 320)), jnp.full(B, 0.5)) ** 2)
+
+    last_seen = S - 1 if kind == "speech" else layout.inputs
+    grad_BTS = np.abs(jax.jit(jax.grad(output))(x_BTSD)).max(axis=-1)
+    assert (grad_BTS[:, t + 1 :] == 0).all()
+    assert (grad_BTS[:, t, last_seen:] == 0).all()
+    assert (grad_BTS[:, t, :last_seen] > 0).all()  # every slot before it is seen
+    reach = MODEL.layers * (MODEL.window - 1)
+    assert (grad_BTS[:, : t - reach] == 0).all()
+    assert (grad_BTS[:, t - reach] > 0).any()
+
+
+def test_absent_streams_are_not_seen(params, batch):
+    """Whatever lies in the arrays of an absent stream changes nothing."""
+    other = dict(batch)
+    other["user_dmel"] = np.where(batch["user_present"][..., None, None], batch["user_dmel"], 3)
+    other["video"] = np.where(batch["video_present"][..., None, None], batch["video"], 99)
+    run = jax.jit(lambda p, b: DEFINITION.bind(p)(b))
+    for a, b in zip(run(params, batch)[:2], run(params, other)[:2]):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_isolation_bit_for_bit(params, batch, run_tick):
+    """A session says the same whatever its neighbours do, and when they start."""
+    four = random_batch(4)
+    lonely = jax.tree.map(lambda x: x.copy(), four)
+    for name in ("user_dmel", "user_text", "video"):
+        lonely[name][1:] = 0
+    a, b = (converse(run_tick, params, x, late) for x, late in ((four, 0), (lonely, 3)))
+    np.testing.assert_array_equal(a[0], b[0])
+    np.testing.assert_array_equal(a[1], b[1])
+
+
+def converse(run_tick, params, batch, late: int):
+    """Free-running ticks; sessions 1.. start anew again at micro-turn `late`. Returns session 0's text and mel."""
+    state, texts, mels = init_state(DEFINITION, 4), [], []
+    for t in range(T):
+        inputs = inputs_at(batch, t, t == 0)
+        if t == late:
+            inputs = inputs._replace(reset=np.array([t == 0, True, True, True]))
+        state, out = run_tick(params, state, inputs)
+        texts.append(out.model_text[0])
+        mels.append(out.model_mel[0])
+    return np.array(texts), np.array(mels)
+
+
+def test_speech_follows_the_flow(params, batch):
+    """The sampled mel is a fixed point's neighbour: one Euler step ends at the predicted endpoint."""
+    model = DEFINITION.bind(params)
+    z = jax.random.normal(jax.random.key(0), (3, MODEL.d_model))
+    noise = normalise(jax.random.normal(jax.random.key(1), (3, 320)))
+    one = model.flow_head.sample(z, noise, steps=1)
+    np.testing.assert_allclose(one, model.flow_head.endpoint(z, noise, jnp.zeros(3)), rtol=1e-5, atol=1e-5)

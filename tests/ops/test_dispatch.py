@@ -1,0 +1,125 @@
+"""Mixture of experts against its plain version: every expert on every token, forward and backward."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from tmljax import config
+from tmljax.ops import dispatch, experts
+from tmljax.ops.experts import Experts
+from tmljax.ops.route import route
+from tmljax.sharding import make_mesh
+
+N, D, E, W, K = 64, 12, 8, 16, 3
+BLOCKS = partial(dispatch.in_blocks, rows=8)
+
+
+@pytest.fixture(scope="module")
+def problem():
+    k = jax.random.split(jax.random.key(0), 6)
+    x_ND = jax.random.normal(k[0], (N, D))
+    weights = Experts(
+        jax.random.normal(k[1], (E, D, W)), jax.random.normal(k[2], (E, D, W)), jax.random.normal(k[3], (E, W, D))
+    )
+    # A lopsided router, so that some experts are crowded and some nearly empty.
+    router_DE = jax.random.normal(k[4], (D, E)) * jnp.arange(E)[None] / 4
+    return x_ND, weights, router_DE, jax.random.normal(k[5], (N, D))
+
+
+def value_and_grads(apply, problem):
+    x_ND, weights, router_DE, direction_ND = problem
+
+    def loss(x_ND, weights, router_DE):
+        routing = route(x_ND, router_DE, jnp.zeros(E), K)
+        y_ND, dropped = apply(x_ND, routing, weights)
+        return jnp.sum(y_ND * direction_ND), (y_ND, dropped)
+
+    (_, aux), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(x_ND, weights, router_DE)
+    return aux, grads
+
+
+def plain(x_ND, routing, weights):
+    return experts.every_expert(x_ND, routing.expert_Nk, routing.gate_Nk, weights), jnp.zeros(())
+
+
+def assert_same(a, b):
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-4), a, b)
+
+
+@pytest.mark.parametrize("local", [BLOCKS, dispatch.in_ragged_rows], ids=["blocks", "ragged"])
+def test_one_device(problem, local):
+    apply = partial(dispatch.apply_experts, local=local, capacity_factor=None, mesh=None)
+    assert_same(value_and_grads(apply, problem), value_and_grads(plain, problem))
+
+
+def test_gathered(problem):
+    def apply(x_ND, routing, weights):
+        return experts.gathered(x_ND, routing.expert_Nk, routing.gate_Nk, weights), jnp.zeros(())
+
+    assert_same(value_and_grads(apply, problem), value_and_grads(plain, problem))
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1, 1), (4, 1, 2, 1), (1, 2, 4, 1), (1, 1, 4, 2), (1, 1, 8, 1)], ids=str)
+def test_expert_parallel(problem, sizes):
+    """Dropless on eight devices, expert axis 1, 2, 4 and 8, alone and beside the other axes."""
+    mesh = make_mesh(config.Mesh(*sizes))
+    apply = partial(dispatch.apply_experts, local=BLOCKS, capacity_factor=None, mesh=mesh)
+    rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp", "expert")))
+    by_expert = NamedSharding(mesh, PartitionSpec("expert"))
+    x_ND, weights, router_DE, direction_ND = problem
+    sharded = (jax.device_put(x_ND, rows), jax.device_put(weights, by_expert), router_DE, direction_ND)
+    assert_same(value_and_grads(apply, sharded), value_and_grads(plain, problem))
+
+
+def test_capacity_drops_are_counted(problem):
+    """With little room some assignments are lost: exactly as many as reported, and only those."""
+    mesh = make_mesh(config.Mesh(data=2, fsdp=1, expert=4, tensor=1))
+    x_ND, weights, router_DE, _ = problem
+    routing = route(x_ND, router_DE, jnp.zeros(E), K)
+    run = lambda factor: dispatch.apply_experts(x_ND, routing, weights, BLOCKS, factor, mesh)  # noqa: E731
+    (tight_ND, dropped), (_, none) = run(0.5), run(None)
+    lost = 0
+    room = dispatch.room_per_member(N // 8, K, E, 4, 0.5)
+    kept_Nk = np.ones((N, K), bool)
+    for device in range(8):  # what the exchange should drop, counted the slow way
+        sent = [0] * 4
+        for n in range(device * N // 8, (device + 1) * N // 8):
+            for k in range(K):
+                owner = int(routing.expert_Nk[n, k]) // (E // 4)
+                sent[owner] += 1
+                kept_Nk[n, k] = sent[owner] <= room
+                lost += sent[owner] > room
+    assert lost > 0
+    assert float(dropped) == lost
+    assert float(none) == 0
+    gate_Nk = jnp.where(kept_Nk, routing.gate_Nk, 0)
+    np.testing.assert_allclose(
+        tight_ND, experts.every_expert(x_ND, routing.expert_Nk, gate_Nk, weights), rtol=1e-4, atol=2e-4
+    )
+
+
+def test_blocks_hold_each_assignment_once():
+    expert_A = jnp.array([3, 0, -1, 3, 3, 1, 0, 3, -1, 3])
+    laid = experts.lay_blocks(expert_A, experts=4, rows=2)
+    for a, e in enumerate(np.array(expert_A)):
+        row = int(laid.row_A[a])
+        if e < 0:
+            assert row == len(laid.source_R)
+        else:
+            assert int(laid.source_R[row]) == a
+            assert int(laid.expert_n[row // 2]) == e
+    assert int((laid.source_R < len(expert_A)).sum()) == 8
+
+
+def test_balance_bias_selects_but_does_not_weigh():
+    x_ND, router_DE = jax.random.normal(jax.random.key(0), (N, D)), jax.random.normal(jax.random.key(1), (D, E))
+    pushed = route(x_ND, router_DE, jnp.zeros(E).at[5].set(10.0), K)
+    assert (pushed.expert_Nk == 5).any(axis=1).all()
+    score_NE = jax.nn.sigmoid(x_ND @ router_DE)
+    chosen_Nk = jnp.take_along_axis(score_NE, pushed.expert_Nk, axis=1)
+    np.testing.assert_allclose(pushed.gate_Nk, chosen_Nk / chosen_Nk.sum(1, keepdims=True), rtol=1e-5)
+    np.testing.assert_allclose(pushed.load_E.sum(), 1.0, rtol=1e-6)

@@ -1,0 +1,132 @@
+import numpy as np
+import pytest
+
+from tmljax.stream import dmel
+from tmljax.stream.vocoder import GATE, GriffinLim, linear_magnitudes
+
+SILENT = np.tile(dmel.SILENCE_MEL, (8, 1))
+
+
+def speech_like(seconds, seed=0):
+    """Gliding harmonics in syllables, with breathy noise between them: what a vocoder has to follow."""
+    rng = np.random.default_rng(seed)
+    time = np.arange(int(seconds * 16000)) / 16000
+    pitch = 120 + 40 * np.sin(2 * np.pi * 0.9 * time)
+    phase = 2 * np.pi * np.cumsum(pitch) / 16000
+    voice = sum(np.sin(n * phase) / n for n in range(1, 25))
+    syllable = np.maximum(np.sin(2 * np.pi * 2.5 * time), 0)
+    sound = 0.1 * voice * syllable + 0.01 * rng.standard_normal(len(time)) * (syllable == 0)
+    sound *= time < seconds - 0.4
+    return sound.astype(np.float32)
+
+
+def push_all(stream, mel):
+    return np.concatenate([stream.push(frames) for frames in mel.reshape(-1, 8, 80)])
+
+
+def test_the_sound_has_the_mel_it_was_made_of():
+    mel, _ = dmel.log_mel(speech_like(4.0))
+    samples = GriffinLim().synthesise(mel)
+    assert samples.dtype == np.float32
+    assert len(samples) == 400 * len(mel)
+    again, _ = dmel.log_mel(samples)
+    loud = mel.max(axis=1) > -2
+    assert loud.mean() > 0.5
+    assert np.abs(again - mel)[loud].mean() < 0.12
+
+
+def test_a_stream_is_late_by_its_declared_latency():
+    mel, _ = dmel.log_mel(speech_like(2.0))
+    vocoder = GriffinLim()
+    streamed = push_all(vocoder.stream(), np.concatenate([mel, SILENT]))
+    assert len(streamed) == 400 * (len(mel) + 8)
+    late = vocoder.latency_samples
+    assert late == 400 * dmel.VOICE_LEAD
+    assert np.array_equal(streamed[late : late + 400 * len(mel)], vocoder.synthesise(mel))
+
+
+def test_with_the_weave_s_lead_the_sound_is_in_time():
+    """A burst that starts at 1.0 s comes out at 1.0 s when the mel is fed VOICE_LEAD frames early."""
+    burst = np.zeros(32000, np.float32)
+    burst[16000:24000] = 0.1 * np.sin(2 * np.pi * 500 * np.arange(8000) / 16000)
+    mel = np.concatenate([dmel.log_mel(burst)[0], SILENT[: dmel.VOICE_LEAD]])[dmel.VOICE_LEAD :]
+    samples = push_all(GriffinLim().stream(), mel)
+    energy = np.convolve(samples**2, np.ones(160) / 160, "same")
+    loud = np.flatnonzero(energy > 0.25 * energy.max())
+    assert abs(loud[0] - 16000) < 480
+    assert abs(loud[-1] - 24000) < 480
+
+
+def test_silence_is_exact_and_comes_back():
+    stream = GriffinLim().stream()
+    assert not push_all(stream, np.concatenate([SILENT] * 3)).any()
+    mel, _ = dmel.log_mel(speech_like(2.0))
+    assert push_all(stream, mel).any()
+    push_all(stream, SILENT)
+    assert not push_all(stream, SILENT).any()
+    noisy = SILENT + np.random.default_rng(0).normal(size=SILENT.shape).astype(np.float32) * 0.3
+    assert noisy.max() < GATE
+    assert not stream.push(noisy).any()
+
+
+def test_deterministic_and_sessions_are_apart():
+    mel, _ = dmel.log_mel(speech_like(1.2))
+    vocoder = GriffinLim()
+    alone = push_all(vocoder.stream(), mel)
+    one, other = vocoder.stream(), vocoder.stream()
+    together = []
+    for frames in mel.reshape(-1, 8, 80):
+        together.append(one.push(frames))
+        other.push(frames[::-1])
+    assert np.array_equal(np.concatenate(together), alone)
+
+
+def test_the_past_does_not_depend_on_the_future():
+    mel, _ = dmel.log_mel(speech_like(2.0))
+    changed = mel.copy()
+    changed[40:] = mel[40:][::-1]
+    a, b = (push_all(GriffinLim().stream(), m) for m in (mel, changed))
+    assert np.array_equal(a[: 400 * 40], b[: 400 * 40])
+    assert not np.array_equal(a[400 * 40 :], b[400 * 40 :])
+
+
+def test_no_click_where_microturns_join():
+    """A steady low tone has next to no curvature; a jump at a border would stand out by tens of dB."""
+    tone = (0.3 * np.sin(2 * np.pi * 250 * np.arange(48000) / 16000)).astype(np.float32)
+    samples = GriffinLim().synthesise(dmel.log_mel(tone)[0])[6400:41600]
+    roughness = np.diff(samples, 3) ** 2
+    phase = (np.arange(len(roughness)) + 800 - 88) % 3200  # a micro-turn's last settled sample
+    near = (phase < 100) | (phase > 3100)
+    assert roughness[near].max() < 10 * roughness[~near].max()
+
+
+def test_anything_a_model_may_put_out_is_sound():
+    rng = np.random.default_rng(0)
+    stream = GriffinLim().stream()
+    for mel in (
+        rng.normal(size=(8, 80)) * 5,
+        np.full((8, 80), np.nan),
+        np.full((8, 80), np.inf),
+        np.full((8, 80), -np.inf),
+        np.full((8, 80), 1e30),
+    ):
+        samples = stream.push(mel.astype(np.float32))
+        assert samples.shape == (3200,)
+        assert np.isfinite(samples).all()
+        assert np.abs(samples).max() <= 1
+    assert stream.push(SILENT.astype(np.float16)).dtype == np.float32
+
+
+@pytest.mark.parametrize("frames", [0, 3, 8, 13])
+def test_any_number_of_frames(frames):
+    mel, _ = dmel.log_mel(speech_like(1.0)[: 400 * frames])
+    assert len(GriffinLim().synthesise(mel)) == 400 * frames
+
+
+def test_linear_magnitudes_explain_the_mel():
+    mel, _ = dmel.log_mel(speech_like(1.0))
+    magnitudes = linear_magnitudes(mel, 30)
+    assert magnitudes.min() >= 0
+    explained = np.log10(np.maximum(magnitudes @ dmel.filterbank().T, 1e-10))
+    loud = mel > -3
+    assert np.abs(explained - mel)[loud].mean() < 0.02

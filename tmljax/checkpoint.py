@@ -1,0 +1,349 @@
+"""Checkpoints of a workdir: written in the background, checked when read, restored onto any mesh.
+
+    workdir/config.json            the exact config
+    workdir/tokenizer.json
+    workdir/checkpoints/STEP/      params (nested dict), optimizer (flat dict), progress (json)
+
+Orbax writes a step aside and renames it when it is whole. What happens to it afterwards is noticed by fingerprints:
+two sums per array over its bits, which are the same however the array is sharded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+
+from tmljax import config
+from tmljax.config import Experiment, UserError
+from tmljax.stream.text import Tokenizer
+
+FOLDER = "checkpoints"
+CONFIG = "config.json"
+TOKENIZER = "tokenizer.json"
+BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError)  # what reading a damaged checkpoint raises
+
+# What a resumed run may change: how long, how often and where, but nothing that changes the numbers on the way.
+FREE = ("train.steps", "train.log_every", "train.save_every", "train.keep", "train.eval_every", "train.eval_batches")
+FREE_GROUPS = ("mesh.", "sampling.", "data.root", "data.workers")
+
+
+class Restored(NamedTuple):
+    step: int
+    params: Any
+    optimizer: Any
+    iterator: Any  # json-able state of the data iterator
+
+
+class Checkpoints:
+    """Writes the checkpoints of one run, keeping the newest `keep` and the best."""
+
+    def __init__(self, workdir: str | Path, keep: int):
+        self._folder = Path(workdir).absolute() / FOLDER
+        self._folder.mkdir(parents=True, exist_ok=True)
+        newest, best = policies.LatestN(keep), policies.BestN(get_metric_fn=goodness, n=1, keep_checkpoints_without_metrics=False)
+        self._manager = ocp.CheckpointManager(
+            self._folder,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policies.AnyPreservationPolicy([newest, best]),
+                best_fn=goodness,  # without it orbax forgets the metrics
+            ),
+        )
+        self._writing = False
+
+    def save(
+        self, step: int, params: Any, optimizer: Any, iterator: Any, experiment: Experiment, loss: float | None = None
+    ) -> None:
+        """Returns when the arrays are copied; the best checkpoint is the one of lowest held-out `loss`.
+
+        Raises UserError where this or the save before fails for want of space.
+        """
+        self.wait()
+        items = {"params": params, "optimizer": flatten(optimizer)}
+        progress = {
+            "step": step,
+            "iterator": iterator,
+            "config": dataclasses.asdict(experiment),
+            "fingerprints": {name: fingerprints(tree) for name, tree in items.items()},
+        }
+        arrays = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        metrics = None if loss is None else {"loss": loss}
+        self._writing = True
+        try:
+            self._manager.save(
+                step, args=ocp.args.Composite(**arrays, progress=ocp.args.JsonSave(progress)), metrics=metrics, force=True
+            )
+        except BROKEN as e:
+            raise self._failure(e) from e
+
+    def poll(self) -> None:
+        """Raises UserError where the save in progress has failed; never waits."""
+        if self._writing and not self._manager.is_saving_in_progress():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until what was saved is on disk. Raises UserError where it could not be written."""
+        if not self._writing:
+            return
+        self._writing = False
+        try:
+            self._manager.wait_until_finished()
+        except BROKEN as e:
+            raise self._failure(e) from e
+
+    def close(self) -> None:
+        """Waits for nothing that has failed already."""
+        try:
+            self._manager.close()
+        except BROKEN as e:
+            raise self._failure(e) from e
+
+    def _failure(self, e: Exception) -> Exception:
+        full = "No space left on device" in str(e) or getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if not full:
+            return e
+        kept = ", ".join(map(str, steps(self._folder.parent))) or "none"
+        return UserError(
+            f"no space left on device while writing a checkpoint to {self._folder}; complete checkpoints: {kept}; "
+            f"free some space and run the same command again"
+        )
+
+
+def goodness(metrics: dict[str, float]) -> float:
+    """Orbax keeps the highest."""
+    return -metrics["loss"] if np.isfinite(metrics["loss"]) else -np.inf
+
+
+def steps(workdir: str | Path) -> list[int]:
+    """Steps that were written to the end, oldest first."""
+    folder = Path(workdir) / FOLDER
+    return sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit()) if folder.is_dir() else []
+
+
+def restore(workdir: str | Path, step: int, params: Any, optimizer: Any) -> Restored:
+    """`params` and `optimizer` are trees of ShapeDtypeStruct with the shardings wanted. Raises BROKEN."""
+    targets = {"params": params, "optimizer": flatten(optimizer)}
+    arrays = {name: ocp.args.StandardRestore(target) for name, target in targets.items()}
+    found = _reader().restore(
+        _step_folder(workdir, step), args=ocp.args.Composite(**arrays, progress=ocp.args.JsonRestore())
+    )
+    for name in targets:
+        check_fingerprints(fingerprints(found[name]), found.progress["fingerprints"][name])
+    moments = jax.tree.unflatten(jax.tree.structure(optimizer), [found.optimizer[name] for name in targets["optimizer"]])
+    return Restored(found.progress["step"], found.params, moments, found.progress["iterator"])
+
+
+def resume(workdir: str | Path, params: Any, optimizer: Any) -> Restored | None:
+    """The newest complete checkpoint, None where there is none at all; says so when newer ones are damaged.
+
+    Damaged ones are renamed to STEP.damaged, so that their steps can be written again. Raises UserError where every
+    one is damaged.
+    """
+    clear_unfinished(workdir)
+    damaged: dict[int, Exception] = {}
+    for step in reversed(steps(workdir)):
+        try:
+            restored = restore(workdir, step, params, optimizer)
+        except BROKEN as e:
+            damaged[step] = e
+            continue
+        for bad in damaged:
+            report_damage(bad, damaged[bad], step)
+            os.replace(_step_folder(workdir, bad), _free_name(_step_folder(workdir, bad)))
+        return restored
+    if damaged:
+        raise _all_damaged(workdir, damaged)
+    return None
+
+
+def latest_complete(workdir: str | Path) -> int:
+    """Of the checkpoints that can be read, the newest. Raises UserError where there is none."""
+    damaged: dict[int, Exception] = {}
+    for step in reversed(steps(workdir)):
+        try:
+            read_params(workdir, step)
+        except BROKEN as e:
+            damaged[step] = e
+            continue
+        for bad in damaged:
+            report_damage(bad, damaged[bad], step)
+        return step
+    if damaged:
+        raise _all_damaged(workdir, damaged)
+    if not Path(workdir).is_dir():
+        raise UserError(f"--workdir={workdir}: there is no such folder")
+    raise UserError(f"{workdir} holds no checkpoint; train one with python -m launch.train --workdir={workdir}")
+
+
+def best_step(workdir: str | Path) -> int | None:
+    """The step kept for its held-out loss, None where none was evaluated."""
+    losses = {}
+    for step in steps(workdir):
+        try:
+            losses[step] = json.loads((_step_folder(workdir, step) / "metrics" / "metrics").read_text())["loss"]
+        except BROKEN:
+            continue
+    return min(losses, key=losses.__getitem__) if losses else None
+
+
+def load_for_serving(workdir: str | Path, step: int | None = None) -> tuple[Experiment, Tokenizer, Any]:
+    """(experiment, tokenizer, params as numpy arrays) of a step, the newest complete one by default."""
+    step = latest_complete(workdir) if step is None else step
+    if step not in steps(workdir):
+        raise UserError(f"{workdir} has no checkpoint of step {step}; it has {steps(workdir) or 'none'}")
+    try:
+        params, progress = read_params(workdir, step)
+    except BROKEN as e:
+        raise _all_damaged(workdir, {step: e}) from e
+    experiment = config.from_tree(Experiment, progress["config"])
+    return experiment, Tokenizer.load(Path(workdir) / TOKENIZER), params
+
+
+def read_params(workdir: str | Path, step: int) -> tuple[Any, dict[str, Any]]:
+    """Nested dict of numpy arrays, and the progress beside it; no device is touched. Raises BROKEN."""
+    folder = _step_folder(workdir, step)
+    shapes = ocp.StandardCheckpointHandler().metadata(folder / "params").tree
+    if shapes is None:
+        raise ValueError("params have no metadata")
+    on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
+    found = _reader().restore(
+        folder,
+        args=ocp.args.Composite(params=ocp.args.PyTreeRestore(restore_args=on_host), progress=ocp.args.JsonRestore()),
+    )
+    check_fingerprints(host_fingerprints(found.params), found.progress["fingerprints"]["params"])
+    return found.params, found.progress
+
+
+def clear_unfinished(workdir: str | Path) -> None:
+    """Removes what an interrupted save left behind."""
+    for left in (Path(workdir) / FOLDER).glob("*.orbax-checkpoint-tmp*"):
+        print(f"checkpoint {left.name.split('.')[0]} was being written when the last run ended; removed", file=sys.stderr)
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def report_damage(step: int, reason: Exception, used: int) -> None:
+    print(f"checkpoint {step} is damaged ({_brief(reason)}); using checkpoint {used}", file=sys.stderr)
+
+
+# The config beside the checkpoints.
+
+
+def keep_config(workdir: str | Path, experiment: Experiment) -> None:
+    """Writes config.json. Raises UserError naming the fields where the workdir's checkpoints were trained otherwise."""
+    path = Path(workdir) / CONFIG
+    if path.exists() and steps(workdir):
+        before = config.from_json(path.read_text())
+        changed = [
+            f"config.{name} was {old!r}, now {new!r}"
+            for name, old, new in differences(dataclasses.asdict(before), dataclasses.asdict(experiment))
+            if name not in FREE and not name.startswith(FREE_GROUPS)
+        ]
+        if changed:
+            raise UserError(
+                f"{workdir} was trained with another config: {'; '.join(changed)}. Set it back or use another --workdir"
+            )
+    write_text(path, config.to_json(experiment))
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """(dotted name, old, new) of each leaf that is not the same."""
+    found = []
+    for name in sorted(old.keys() | new.keys()):
+        a, b = old.get(name), new.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{prefix}{name}.")
+        elif a != b:
+            found.append((prefix + name, a, b))
+    return found
+
+
+def write_text(path: Path, text: str) -> None:
+    """All of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+# Fingerprints.
+
+
+def fingerprints(tree: Any) -> dict[str, list[int]]:
+    """Two 32-bit sums of each array's bits, plain and weighted by place."""
+    with jax.transfer_guard("allow"):
+        return {name: sums.tolist() for name, sums in jax.device_get(_device_sums(flatten(tree))).items()}
+
+
+def host_fingerprints(tree: Any) -> dict[str, list[int]]:
+    return {name: [int(s) for s in _sums(np, np.asarray(x).reshape(-1))] for name, x in flatten(tree).items()}
+
+
+@jax.jit
+def _device_sums(flat: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {name: jnp.stack(_sums(jnp, x)) for name, x in flat.items()}
+
+
+def _sums(np_or_jnp: Any, x: Any) -> tuple[Any, Any]:
+    if np_or_jnp is jnp:
+        bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
+        place, stride = jnp.zeros(x.shape, jnp.uint32), 1
+        for dim in reversed(range(x.ndim)):
+            place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, dim) * jnp.uint32(stride % 2**32)
+            stride *= x.shape[dim]
+    else:
+        bits = x.view(f"uint{8 * x.dtype.itemsize}").astype(np.uint32)
+        place = np.arange(x.size, dtype=np.uint32)
+    return bits.sum(dtype=np.uint32), (bits * (2 * place + 1)).sum(dtype=np.uint32)
+
+
+def check_fingerprints(found: dict[str, list[int]], saved: dict[str, list[int]]) -> None:
+    for name in sorted(found.keys() | saved.keys()):
+        if found.get(name) != saved.get(name):
+            raise ValueError(f"{name} is not what was saved")
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+    """{"0.mu.trunk.norm": array}: a plain dict, whatever classes the tree is made of."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def _reader() -> ocp.Checkpointer:
+    return ocp.Checkpointer(ocp.CompositeCheckpointHandler())
+
+
+def _step_folder(workdir: str | Path, step: int) -> Path:
+    return Path(workdir).absolute() / FOLDER / str(step)
+
+
+def _free_name(folder: Path) -> Path:
+    name = folder.with_name(f"{folder.name}.damaged")
+    return name if not name.exists() else folder.with_name(f"{folder.name}.damaged.{os.getpid()}")
+
+
+def _all_damaged(workdir: str | Path, damaged: dict[int, Exception]) -> UserError:
+    newest = max(damaged)
+    others = f", nor can {', '.join(map(str, sorted(damaged.keys() - {newest})))}" if len(damaged) > 1 else ""
+    return UserError(
+        f"checkpoint {newest} of {workdir} cannot be read ({_brief(damaged[newest])}){others}; "
+        f"bring {Path(workdir) / FOLDER} back from a copy, or use another --workdir"
+    )
+
+
+def _brief(e: Exception) -> str:
+    return re.sub(r"\s+", " ", str(e))[:160] or type(e).__name__

@@ -1,0 +1,79 @@
+"""The processes of a run: how they find one another, who speaks for them, and when they are asked to stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+from types import FrameType
+from typing import Self
+
+import jax
+
+CACHE_VARIABLE = "TMLJAX_CACHE"
+
+
+def initialize() -> None:
+    """Joins the other processes where the environment names them; call before anything touches a device.
+
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID name them outright; inside a SLURM step and on the
+    workers of a TPU slice JAX reads what the scheduler left.
+    """
+    if "JAX_COORDINATOR_ADDRESS" in os.environ:
+        count, index = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get("JAX_PROCESS_ID")
+        jax.distributed.initialize(
+            num_processes=None if count is None else int(count), process_id=None if index is None else int(index)
+        )
+    elif int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 or "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
+        jax.distributed.initialize()
+
+
+def process_index() -> int:
+    return jax.process_index()
+
+
+def process_count() -> int:
+    return jax.process_count()
+
+
+def is_lead() -> bool:
+    """Whether this process writes what exists once: logs, metrics, config."""
+    return jax.process_index() == 0
+
+
+def cache_folder() -> str:
+    return os.environ.get(CACHE_VARIABLE) or os.path.join(os.path.expanduser("~"), ".cache", "tmljax")
+
+
+def enable_compile_cache() -> None:
+    """Compiled programs outlive the process, in ~/.cache/tmljax/xla or below $TMLJAX_CACHE."""
+    jax.config.update("jax_compilation_cache_dir", os.path.join(cache_folder(), "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+class StopNotice:
+    """Turns SIGTERM (preemption) and the first Ctrl-C into a wish that the loop reads between steps.
+
+    A second Ctrl-C interrupts at once, as it would have without this.
+    """
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self._before: dict[signal.Signals, object] = {}
+
+    @property
+    def wanted(self) -> bool:
+        return self.signal is not None
+
+    def __enter__(self) -> Self:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        if self.signal is signal.SIGINT and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number)

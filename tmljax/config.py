@@ -1,0 +1,268 @@
+"""Every knob of an experiment, as frozen dataclasses.
+
+Config files are `ml_collections` ConfigDicts, because that is what JAX research code uses and what
+`--config.a.b=value` edits. They become an `Experiment` once, at the boundary (`from_config_dict`), and
+from there on a typo or a wrong type cannot exist: both are errors that name the field and the nearest
+right one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import ml_collections
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend. The verbs print it as one line and exit 2."""
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The shape of a micro-turn; `tmljax.stream.microturn.Layout` derives everything else from it."""
+
+    frames_per_slot: int = 8  # dMel frames packed into one audio slot, a divisor of 8
+    video_height: int = 40  # pixels, a multiple of 40
+    video_width: int = 40
+    patches_per_slot: int = 1  # 40x40 patches packed into one video slot
+    video_every: int = 2  # micro-turns between frames
+    user_text_slots: int = 1  # tokens of typed text a micro-turn takes
+    model_text_slots: int = 1  # tokens a micro-turn writes
+    vocab_size: int = 1024
+
+
+@dataclass(frozen=True)
+class Moe:
+    """Routed experts beside one shared expert (DeepSeekMoE, arXiv 2401.06066)."""
+
+    experts: int = 8
+    top_k: int = 2
+    expert_width: int = 256
+    shared_width: int = 256
+    capacity_factor: float | None = None  # room in the exchange against a balanced load; None: dropless
+    matmul: Literal["blocks", "ragged"] = "blocks"  # of the experts in training
+    tick_matmul: Literal["every", "gathered"] = "every"  # of the experts for the few tokens of a tick
+    block_rows: int = 128  # rows of a block of "blocks"
+    balance_rate: float = 1e-3  # step of the routing bias (loss-free balancing, arXiv 2408.15664)
+    z_loss: float = 1e-4
+
+
+@dataclass(frozen=True)
+class Flow:
+    """The flow head (facts: MAR-type MLP, conditional flow matching)."""
+
+    width: int = 256
+    depth: int = 3
+    draws: int = 1  # (noise, time) draws per target in training
+    share: float = 0.5  # of an example's micro-turns, those trained on in a step (speaking ones, at random)
+    steps: int = 4  # Euler steps per micro-turn when streaming
+    temperature: float = 0.7  # noise variance when streaming
+
+
+@dataclass(frozen=True)
+class Model:
+    d_model: int = 256
+    layers: int = 4
+    heads: int = 8
+    kv_heads: int = 2
+    head_dim: int = 32
+    window: int = 64  # micro-turns that attention looks back, this one included
+    moe: Moe = field(default_factory=Moe)
+    flow: Flow = field(default_factory=Flow)
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters are float32
+    remat: Literal["none", "dots", "full"] = "none"
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is generated or imported, and how windows are cut from it."""
+
+    root: str = "data"  # folder of prepared datasets
+    name: str = "duplex"  # the prepared dataset is root/name
+    seed: int = 0
+    train_hours: float = 2.0  # of rendered conversation
+    test_per_family: int = 48  # test sessions of each scenario family
+    mixture: Mapping[str, float] = field(default_factory=dict)  # family -> weight; empty: the default mixture
+    recordings: str = ""  # moshi-finetune manifest(s) "a.jsonl:0.5,b.jsonl:1"; "" for none
+    window: int = 60  # micro-turns in a training example
+    batch: int = 32  # examples a step, over all processes
+    workers: int = 0  # grain worker processes; 0 reads in threads
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    name: Literal["adamw", "muon"] = "adamw"
+    learning_rate: float = 3e-3
+    schedule: Literal["wsd", "cosine"] = "wsd"
+    warmup: int = 100  # steps
+    decay: float = 0.3  # share of the steps spent decaying (wsd)
+    weight_decay: float = 0.05
+    b1: float = 0.9
+    b2: float = 0.95
+    clip: float = 1.0  # global gradient norm
+    accumulate: int = 1  # micro-batches a step
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Weights of the terms; each term is also reported alone and unweighted."""
+
+    idle: float = 0.2  # of a silent model_text target against a word's
+    hold: float = 0.5  # of a "still speaking" target
+    flow: float = 0.5
+    heard: float = 0.5  # auxiliary: the user's words
+
+
+@dataclass(frozen=True)
+class Train:
+    steps: int = 1000
+    seed: int = 0
+    log_every: int = 10
+    save_every: int = 200
+    keep: int = 2  # newest checkpoints; the best is kept besides
+    eval_every: int = 200  # held-out loss
+    eval_batches: int = 4
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Devices along each axis; -1 on at most one takes what is left."""
+
+    data: int = -1
+    fsdp: int = 1
+    expert: int = 1
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Text sampling while streaming; flow sampling is in `Flow`."""
+
+    temperature: float = 0.0  # 0 is greedy
+    top_k: int = 0  # 0 keeps all
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Experiment:
+    stream: Stream = field(default_factory=Stream)
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    loss: Loss = field(default_factory=Loss)
+    train: Train = field(default_factory=Train)
+    mesh: Mesh = field(default_factory=Mesh)
+    sampling: Sampling = field(default_factory=Sampling)
+
+
+def to_config_dict(experiment: Experiment) -> ml_collections.ConfigDict:
+    """The ConfigDict that config files edit. Fields that may be None keep their type open."""
+    placeholder = ml_collections.ConfigDict(type_safe=False)
+    placeholder.update(dataclasses.asdict(experiment))
+    return placeholder
+
+
+def to_json(experiment: Experiment) -> str:
+    return json.dumps(dataclasses.asdict(experiment), indent=2, sort_keys=True) + "\n"
+
+
+def from_json(text: str) -> Experiment:
+    """Raises UserError when `text` is no JSON or does not describe an experiment."""
+    try:
+        tree = json.loads(text)
+    except json.JSONDecodeError as e:
+        raise UserError(f"config is not valid JSON: {e}") from None
+    return from_tree(Experiment, tree)
+
+
+def from_config_dict(config: ml_collections.ConfigDict) -> Experiment:
+    """Raises UserError naming the field for an unknown name, a wrong type or an impossible value."""
+    experiment = from_tree(Experiment, config.to_dict())
+    validate(experiment)
+    return experiment
+
+
+def from_tree(cls: type, tree: Any, path: str = "config") -> Any:
+    if not isinstance(tree, Mapping):
+        raise UserError(f"{path} must be a group of fields, got {tree!r}")
+    kinds = typing.get_type_hints(cls)
+    for name in tree:
+        if name not in kinds:
+            raise UserError(f"{path}.{name} does not exist; {_nearest(name, kinds)}")
+    return cls(**{name: _convert(kinds[name], value, f"{path}.{name}") for name, value in tree.items()})
+
+
+def _nearest(name: str, known: typing.Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean {close[0]}?" if close else f"the fields are {', '.join(sorted(known))}"
+
+
+def _convert(kind: Any, value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return from_tree(kind, value, path)
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        if value not in args:
+            raise UserError(f"{path}={value!r} must be one of {', '.join(map(repr, args))}")
+        return value
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in args:
+            return None
+        return _convert(next(a for a in args if a is not type(None)), value, path)
+    if origin is not None and issubclass(origin, Mapping):
+        if not isinstance(value, Mapping):
+            raise UserError(f"{path} must map names to numbers, got {value!r}")
+        return {str(k): _convert(args[1], v, f"{path}.{k}") for k, v in value.items()}
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or isinstance(value, bool) and kind is not bool:
+        raise UserError(f"{path} must be {kind.__name__}, got {type(value).__name__} {value!r}")
+    return value
+
+
+def validate(experiment: Experiment) -> None:
+    """Raises UserError for values that no part of the system could use."""
+    stream, model, data, train = experiment.stream, experiment.model, experiment.data, experiment.train
+    require = _require
+    require(8 % max(stream.frames_per_slot, 1) == 0, "config.stream.frames_per_slot must be 1, 2, 4 or 8")
+    for name in ("video_height", "video_width"):
+        size = getattr(stream, name)
+        require(size > 0 and size % 40 == 0, f"config.stream.{name}={size} must be a positive multiple of 40")
+    for name in ("patches_per_slot", "video_every", "user_text_slots", "model_text_slots"):
+        require(getattr(stream, name) >= 1, f"config.stream.{name} must be at least 1")
+    require(stream.vocab_size >= 320, "config.stream.vocab_size must be at least 320 (bytes and control tokens)")
+    require(
+        model.heads % max(model.kv_heads, 1) == 0,
+        f"config.model.heads={model.heads} must be a multiple of config.model.kv_heads={model.kv_heads}",
+    )
+    require(model.head_dim % 2 == 0, "config.model.head_dim must be even (rotary pairs)")
+    require(model.d_model % 4 == 0, "config.model.d_model must be a multiple of 4 (hMLP)")
+    require(
+        1 <= model.moe.top_k <= model.moe.experts,
+        f"config.model.moe.top_k={model.moe.top_k} must lie between 1 and config.model.moe.experts={model.moe.experts}",
+    )
+    require(
+        data.window >= stream.video_every and data.window % stream.video_every == 0,
+        f"config.data.window={data.window} must be a multiple of config.stream.video_every={stream.video_every}",
+    )
+    require(0 < model.flow.share <= 1, f"config.model.flow.share={model.flow.share} must lie in (0, 1]")
+    require(data.batch >= 1, "config.data.batch must be at least 1")
+    require(
+        data.batch % experiment.optimizer.accumulate == 0,
+        f"config.data.batch={data.batch} must be a multiple of config.optimizer.accumulate={experiment.optimizer.accumulate}",
+    )
+    require(train.steps >= 1, "config.train.steps must be at least 1")
+    require(train.keep >= 1, "config.train.keep must be at least 1")
+    require(data.train_hours > 0, "config.data.train_hours must be positive")
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise UserError(message)

@@ -1,0 +1,86 @@
+"""The tick as a program: traced once from the model's source, and run from there on without it.
+
+The program is serialisable StableHLO (`jax.export`) of (weights, state, inputs) -> (state, outputs), each a
+flat dict of named arrays. A workdir is streamed through the very program that an export would hold, so the
+two agree bit for bit by construction.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from tmljax import checkpoint
+from tmljax.config import Experiment
+from tmljax.decode.session import Arrays, Engine, compile_engine
+from tmljax.decode.tick import TickInput, init_state, tick
+from tmljax.model.interaction import definition
+from tmljax.stream.microturn import FRAMES, MEL, PATCH_VALUES, Layout
+from tmljax.stream.text import Tokenizer
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+    """{"blocks.attention.query": leaf}: the names of weights and state outside this program."""
+    leaves, _ = jax.tree.flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def unflatten(like: Any, named: dict[str, Any]) -> Any:
+    return jax.tree.unflatten(jax.tree.structure(like), [named[name] for name in flatten(like)])
+
+
+def input_shapes(layout: Layout, sessions: int) -> dict[str, jax.ShapeDtypeStruct]:
+    N, shape = sessions, jax.ShapeDtypeStruct
+    return {
+        "user_dmel": shape((N, FRAMES, MEL), np.uint8),
+        "user_present": shape((N,), np.bool_),
+        "video": shape((N, layout.patches, PATCH_VALUES), np.uint8),
+        "video_present": shape((N,), np.bool_),
+        "user_text": shape((N, layout.user_text), np.int32),
+        "reset": shape((N,), np.bool_),
+        "seed": shape((N,), np.uint32),
+    }
+
+
+def initial_state(experiment: Experiment, sessions: int) -> Arrays:
+    state = init_state(definition(experiment.stream, experiment.model), sessions)
+    return {name: np.asarray(leaf) for name, leaf in flatten(state).items()}
+
+
+def lower_tick(experiment: Experiment, sessions: int, platforms: tuple[str, ...]) -> jax.export.Exported:
+    model = definition(experiment.stream, experiment.model)
+    params = model.abstract()
+    state = jax.eval_shape(lambda: init_state(model, sessions))
+
+    def step(weights: dict, state_arrays: dict, inputs: dict) -> tuple[dict, dict]:
+        new_state, output = tick(
+            model, unflatten(params, weights), unflatten(state, state_arrays), TickInput(**inputs), experiment.sampling
+        )
+        spoken = {"model_text": output.model_text, "model_mel": output.model_mel, "heard": output.heard}
+        return flatten(new_state), spoken
+
+    arguments = flatten(params), flatten(state), input_shapes(model.layout, sessions)
+    return jax.export.export(jax.jit(step), platforms=platforms)(*arguments)
+
+
+def engine_from_params(
+    experiment: Experiment, tokenizer: Tokenizer, params: Any, sessions: int = 1, step: int = 0, name: str = ""
+) -> Engine:
+    """An engine of N slots around parameters at hand (a nested dict, from a checkpoint or of a model in training)."""
+    program = lower_tick(experiment, sessions, PLATFORMS)
+    weights, state = flatten(params), initial_state(experiment, sessions)
+    return compile_engine(program, weights, state, experiment, tokenizer, step, name)
+
+
+def engine_from_workdir(workdir: str | Path, sessions: int = 1, step: int | None = None) -> Engine:
+    """Raises UserError when the workdir holds no complete checkpoint."""
+    step = checkpoint.latest_complete(workdir) if step is None else step
+    experiment, tokenizer, params = checkpoint.load_for_serving(workdir, step)
+    name = os.path.basename(os.path.abspath(workdir))
+    return engine_from_params(experiment, tokenizer, params, sessions, step, name)

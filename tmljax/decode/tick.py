@@ -1,0 +1,208 @@
+"""The tick: one micro-turn of input in, one of output out. The one function evaluated, exported and served.
+
+In one call: the model's own last speech and the new input enter the ring together, text is written token by token,
+the flow head paints the mel. Each session of the batch has its own clock, ring row, and random stream.
+
+Legend: N sessions, F mel frames, M mel channels, S slots, D d_model, V vocab, X values of a slot of mel.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from tmljax import config
+from tmljax.decode.sampling import choose
+from tmljax.model import cache
+from tmljax.model.interaction import Definition, InteractionModel, Params
+from tmljax.ops.flow import denormalise
+from tmljax.stream.dmel import SILENCE_MEL
+from tmljax.stream.microturn import ABSENT, FRAMES, IDLE, MEL, PATCH_VALUES, Layout
+
+
+class TickInput(NamedTuple):
+    user_dmel: jax.Array  # uint8 [N, 8, 80]
+    user_present: jax.Array  # bool [N]
+    video: jax.Array  # uint8 [N, P, 4800]
+    video_present: jax.Array  # bool [N]; looked at where the session's clock is a multiple of video_every
+    user_text: jax.Array  # int32 [N, user_text_slots]
+    reset: jax.Array  # bool [N], a new session begins with this micro-turn
+    seed: jax.Array  # uint32 [N], read on reset
+
+
+class TickState(NamedTuple):
+    ring: cache.Ring
+    time_N: jax.Array  # int32, the micro-turn to come
+    mel_NFM: jax.Array  # the model's speech of the last tick, yet to enter the ring
+    seed_N: jax.Array  # uint32
+
+
+class TickOutput(NamedTuple):
+    model_text: jax.Array  # int32 [N, model_text_slots]
+    model_mel: jax.Array  # float32 [N, 8, 80], log10 mel
+    heard: jax.Array  # int32 [N]
+    text_logits: jax.Array  # float32 [N, model_text_slots, V]
+    audio_condition: jax.Array  # [N, model_audio slots, D]
+
+
+def init_state(definition: Definition, sessions: int) -> TickState:
+    """A state whose sessions are all to be reset by their first tick."""
+    model, layout = definition.model, definition.layout
+    ring = cache.empty_ring(
+        model.layers, sessions, model.window, layout.slots, model.kv_heads, model.head_dim, model.dtype
+    )
+    mel_NFM = jnp.tile(jnp.asarray(SILENCE_MEL)[None, None], (sessions, FRAMES, 1))
+    return TickState(ring, jnp.zeros(sessions, jnp.int32), mel_NFM, jnp.zeros(sessions, jnp.uint32))
+
+
+def blank_input(layout: Layout, sessions: int) -> TickInput:
+    """No stream present, no reset."""
+    return TickInput(
+        jnp.zeros((sessions, FRAMES, MEL), jnp.uint8),
+        jnp.zeros(sessions, bool),
+        jnp.zeros((sessions, layout.patches, PATCH_VALUES), jnp.uint8),
+        jnp.zeros(sessions, bool),
+        jnp.full((sessions, layout.user_text), ABSENT, jnp.int32),
+        jnp.zeros(sessions, bool),
+        jnp.zeros(sessions, jnp.uint32),
+    )
+
+
+def tick(
+    definition: Definition,
+    params: Params,
+    state: TickState,
+    inputs: TickInput,
+    sampling: config.Sampling,
+    forced: tuple[jax.Array, jax.Array] | None = None,
+) -> tuple[TickState, TickOutput]:
+    """Pure; jit it with `definition` and `sampling` static and `state` donated.
+
+    `forced` = (model_text int32 [N, S], model_mel [N, 8, 80]) replaces what the model would say: teacher forcing,
+    for tests and for scoring recordings.
+    """
+    model = definition.bind(params)
+    state = start_over(state, inputs)
+    ring, z_NnD = listen(model, state, inputs)
+    heard_NV = model.heard_head(z_NnD[:, -1])
+    keys_N = jax.vmap(lambda seed, t: jax.random.fold_in(jax.random.key(seed), t))(state.seed_N, state.time_N)
+
+    ring, z_ND, text_NS, logit_NSV = write_text(
+        model, ring, z_NnD[:, -1], state.time_N, keys_N, sampling, None if forced is None else forced[0]
+    )
+    mel_NFM, condition_NSD, ring = speak(
+        model, ring, z_ND, text_NS, state.time_N, keys_N, None if forced is None else forced[1]
+    )
+    heard_N = jnp.argmax(heard_NV, axis=-1).astype(jnp.int32)
+    state = TickState(ring, state.time_N + 1, mel_NFM, state.seed_N)
+    return state, TickOutput(text_NS, mel_NFM, heard_N, logit_NSV.astype(jnp.float32), condition_NSD)
+
+
+def start_over(state: TickState, inputs: TickInput) -> TickState:
+    reset_N = inputs.reset
+    silence_NFM = jnp.broadcast_to(jnp.asarray(SILENCE_MEL)[None, None], state.mel_NFM.shape)
+    return TickState(
+        cache.forget(state.ring, reset_N),
+        jnp.where(reset_N, 0, state.time_N),
+        jnp.where(reset_N[:, None, None], silence_NFM, state.mel_NFM),
+        jnp.where(reset_N, inputs.seed, state.seed_N),
+    )
+
+
+def listen(model: InteractionModel, state: TickState, inputs: TickInput) -> tuple[cache.Ring, jax.Array]:
+    """Enters the last speech slot of the tick before and all input slots of this one; hidden states [N, n, D]."""
+    layout, time_N = model.layout, state.time_N
+    own_NSD = model.embed_model_audio(state.mel_NFM[:, None])[:, 0, -1:]
+    x_NnD = jnp.concatenate(
+        [
+            own_NSD,
+            model.embed_user_audio(inputs.user_dmel[:, None])[:, 0],
+            embed_frame(model, inputs, time_N),
+            model.embed_user_text(inputs.user_text[:, None])[:, 0],
+        ],
+        axis=1,
+    )
+    time_Nn = jnp.concatenate([time_N[:, None] - 1, jnp.repeat(time_N[:, None], layout.inputs, axis=1)], axis=1)
+    slot_n = jnp.concatenate([jnp.array([layout.slots - 1]), jnp.arange(layout.inputs)])
+    seen_N = inputs.video_present & (time_N % layout.stream.video_every == 0)
+    present_Nn = jnp.concatenate(
+        [
+            (time_N > 0)[:, None],
+            jnp.repeat(inputs.user_present[:, None], layout.user_audio, axis=1),
+            jnp.repeat(seen_N[:, None], layout.user_video, axis=1),
+            inputs.user_text != ABSENT,
+        ],
+        axis=1,
+    )
+    z_NnD, ring = model.trunk.extend(x_NnD, time_Nn, slot_n, present_Nn, state.ring)
+    return ring, z_NnD
+
+
+def embed_frame(model: InteractionModel, inputs: TickInput, time_N: jax.Array) -> jax.Array:
+    """[N, S, D]; slots of micro-turns between frames hold nothing, as in training."""
+    due_N = time_N % model.layout.stream.video_every == 0
+    frame_NSD = model.embed_video(inputs.video[:, None])[:, 0]
+    return jnp.where(due_N[:, None, None], frame_NSD, 0)
+
+
+def write_text(
+    model: InteractionModel,
+    ring: cache.Ring,
+    z_ND: jax.Array,
+    time_N: jax.Array,
+    keys_N: jax.Array,
+    sampling: config.Sampling,
+    forced_NS: jax.Array | None,
+) -> tuple[cache.Ring, jax.Array, jax.Array, jax.Array]:
+    """Token by token: (ring, hidden state of the last one [N, D], tokens [N, S], logits [N, S, V])."""
+    tokens, logits = [], []
+    for s in range(model.layout.model_text):
+        logit_NV = model.text_head(z_ND)
+        keys = jax.vmap(partial(jax.random.fold_in, data=s))(keys_N)
+        token_N = choose(logit_NV, keys, sampling) if forced_NS is None else forced_NS[:, s]
+        x_NSD = model.embed_model_text(token_N[:, None, None], slot=s)[:, 0]
+        z_ND, ring = one_more(model, ring, x_NSD, time_N, model.layout.inputs + s)
+        tokens.append(token_N)
+        logits.append(logit_NV)
+    return ring, z_ND, jnp.stack(tokens, axis=1), jnp.stack(logits, axis=1)
+
+
+def speak(
+    model: InteractionModel,
+    ring: cache.Ring,
+    z_ND: jax.Array,
+    text_NS: jax.Array,
+    time_N: jax.Array,
+    keys_N: jax.Array,
+    forced_NFM: jax.Array | None,
+) -> tuple[jax.Array, jax.Array, cache.Ring]:
+    """Mel slot by slot: (mel [N, 8, 80], conditions [N, S, D], ring). Where the text is idle, the mel is silence."""
+    layout, flow = model.layout, model.model.flow
+    N, frames, first = z_ND.shape[0], layout.stream.frames_per_slot, layout.inputs + layout.model_text
+    silent_N = jnp.all(text_NS == IDLE, axis=1)
+    mels, conditions = [], []
+    for s in range(layout.model_audio):
+        draw = jax.vmap(lambda key, s=s: jax.random.normal(jax.random.fold_in(key, 1000 + s), (frames * MEL,)))
+        noise_NX = draw(keys_N) * flow.temperature**0.5
+        mel_NFM = denormalise(model.flow_head.sample(z_ND, noise_NX, flow.steps)).reshape(N, frames, MEL)
+        mel_NFM = jnp.where(silent_N[:, None, None], jnp.asarray(SILENCE_MEL)[None, None], mel_NFM)
+        if forced_NFM is not None:
+            mel_NFM = forced_NFM[:, s * frames : (s + 1) * frames].astype(jnp.float32)
+        mels.append(mel_NFM)
+        conditions.append(z_ND)
+        if s + 1 < layout.model_audio:  # the last slot enters with the next tick's input, in one pass
+            x_NSD = model.embed_slot_of_speech(mel_NFM, s)
+            z_ND, ring = one_more(model, ring, x_NSD, time_N, first + s)
+    return jnp.concatenate(mels, axis=1), jnp.stack(conditions, axis=1), ring
+
+
+def one_more(
+    model: InteractionModel, ring: cache.Ring, x_NSD: jax.Array, time_N: jax.Array, slot: int
+) -> tuple[jax.Array, cache.Ring]:
+    """One position of every session through the trunk: (hidden state [N, D], ring)."""
+    there_N1 = jnp.ones((x_NSD.shape[0], 1), bool)
+    z_NSD, ring = model.trunk.extend(x_NSD, time_N[:, None], jnp.array([slot]), there_N1, ring)
+    return z_NSD[:, 0], ring

@@ -1,0 +1,110 @@
+"""One transformer block, the same for training and for the tick: attention, then experts.
+
+Legend: B batch, P positions, D d_model, H heads, K kv heads, h head dim, E experts, W expert width.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from tmljax import config
+from tmljax.model.params import constant, dense
+from tmljax.ops import dispatch
+from tmljax.ops import experts as expert_ops
+from tmljax.ops.attention import attend
+from tmljax.ops.experts import Experts
+from tmljax.ops.norm import rms_norm
+from tmljax.ops.rope import rotate
+from tmljax.ops.route import route
+
+KeepKeys = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]  # own k, v -> all k, v that may be seen
+
+
+class MoeReport(NamedTuple):
+    """What the experts' layer says of itself; returned, never sown."""
+
+    load_E: jax.Array  # share of the assignments
+    dropped: jax.Array  # assignments that found no room
+    z_loss: jax.Array
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with QK-norm (arXiv 2010.04245) and rotary time."""
+
+    def __init__(self, model: config.Model, rngs: nnx.Rngs):
+        D, H, K, h = model.d_model, model.heads, model.kv_heads, model.head_dim
+        self.shape = (H, K, h)
+        self.norm = constant((D,), ("embed",), 1.0)
+        self.q = dense(rngs, (D, H * h), ("embed", "heads"), fan_in=D)
+        self.k = dense(rngs, (D, K * h), ("embed", "kv_heads"), fan_in=D)
+        self.v = dense(rngs, (D, K * h), ("embed", "kv_heads"), fan_in=D)
+        self.out = dense(rngs, (H * h, D), ("heads", "embed"), fan_in=H * h, gain=(2 * model.layers) ** -0.5)
+        self.q_norm = constant((h,), ("small",), 1.0)
+        self.k_norm = constant((h,), ("small",), 1.0)
+        self.sink = constant((H,), ("small",))
+
+    def __call__(self, x_BPD: jax.Array, time_BP: jax.Array, visible_BPQ: jax.Array, keep: KeepKeys) -> jax.Array:
+        (H, K, h), (B, P, _) = self.shape, x_BPD.shape
+        y_BPD = rms_norm(x_BPD, self.norm[...])
+        weight = lambda w: w[...].astype(x_BPD.dtype)  # noqa: E731
+        q_BPHh = jnp.dot(y_BPD, weight(self.q)).reshape(B, P, H, h)
+        k_BPKh = jnp.dot(y_BPD, weight(self.k)).reshape(B, P, K, h)
+        v_BPKh = jnp.dot(y_BPD, weight(self.v)).reshape(B, P, K, h)
+        q_BPHh = rotate(rms_norm(q_BPHh, self.q_norm[...]), time_BP)
+        k_BPKh = rotate(rms_norm(k_BPKh, self.k_norm[...]), time_BP)
+        k_BQKh, v_BQKh = keep(k_BPKh, v_BPKh)
+        out_BPHh = attend(q_BPHh, k_BQKh, v_BQKh, visible_BPQ, self.sink[...])
+        return jnp.dot(out_BPHh.reshape(B, P, H * h), weight(self.out))
+
+
+class ExpertLayer(nnx.Module):
+    """Routed experts beside a shared one (DeepSeekMoE, arXiv 2401.06066)."""
+
+    def __init__(self, model: config.Model, rngs: nnx.Rngs):
+        D, E, W, S = model.d_model, model.moe.experts, model.moe.expert_width, model.moe.shared_width
+        gain = (2 * model.layers) ** -0.5
+        self.moe = model.moe
+        self.norm = constant((D,), ("embed",), 1.0)
+        self.router = dense(rngs, (D, E), ("embed", "small"), fan_in=D)
+        self.balance_bias = constant((E,), ("small",))
+        self.gate = dense(rngs, (E, D, W), ("experts", "embed", "width"), fan_in=D)
+        self.up = dense(rngs, (E, D, W), ("experts", "embed", "width"), fan_in=D)
+        self.down = dense(rngs, (E, W, D), ("experts", "width", "embed"), fan_in=W, gain=gain)
+        self.shared_gate = dense(rngs, (D, S), ("embed", "width"), fan_in=D)
+        self.shared_up = dense(rngs, (D, S), ("embed", "width"), fan_in=D)
+        self.shared_down = dense(rngs, (S, D), ("width", "embed"), fan_in=S, gain=gain)
+
+    def __call__(self, x_BPD: jax.Array, mesh: Mesh | None, tick: bool) -> tuple[jax.Array, MoeReport]:
+        B, P, D = x_BPD.shape
+        y_ND = rms_norm(x_BPD, self.norm[...]).reshape(B * P, D)
+        routing = route(y_ND, self.router[...], self.balance_bias[...], self.moe.top_k)
+        weight = lambda w: w[...].astype(x_BPD.dtype)  # noqa: E731
+        experts = Experts(weight(self.gate), weight(self.up), weight(self.down))
+        if tick:
+            few = expert_ops.gathered if self.moe.tick_matmul == "gathered" else expert_ops.every_expert
+            routed_ND, dropped = few(y_ND, routing.expert_Nk, routing.gate_Nk, experts), jnp.zeros((), jnp.float32)
+        else:
+            blocks = partial(dispatch.in_blocks, rows=self.moe.block_rows)
+            local = blocks if self.moe.matmul == "blocks" else dispatch.in_ragged_rows
+            routed_ND, dropped = dispatch.apply_experts(y_ND, routing, experts, local, self.moe.capacity_factor, mesh)
+        shared_ND = expert_ops.swiglu(y_ND, weight(self.shared_gate), weight(self.shared_up), weight(self.shared_down))
+        report = MoeReport(routing.load_E, dropped, routing.z_loss)
+        return (routed_ND + shared_ND).reshape(B, P, D), report
+
+
+class Block(nnx.Module):
+    def __init__(self, model: config.Model, rngs: nnx.Rngs):
+        self.attention = Attention(model, rngs)
+        self.experts = ExpertLayer(model, rngs)
+
+    def __call__(
+        self, x_BPD: jax.Array, time_BP: jax.Array, visible_BPQ: jax.Array, keep: KeepKeys, mesh: Mesh | None, tick: bool
+    ) -> tuple[jax.Array, MoeReport]:
+        x_BPD = x_BPD + self.attention(x_BPD, time_BP, visible_BPQ, keep)
+        y_BPD, report = self.experts(x_BPD, mesh, tick)
+        return x_BPD + y_BPD, report

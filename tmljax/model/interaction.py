@@ -1,0 +1,172 @@
+"""The interaction model: all streams of a micro-turn in one causal sequence.
+
+A position predicts the next one's content. So the last input slot predicts the first text token, that token's
+slot the next, and the last text slot is the condition of the flow head for the mel that follows it.
+
+Legend: B batch, T micro-turns, S slots, P = T x S positions, D d_model, V vocab, X values of a slot of mel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from tmljax import config
+from tmljax.model.block import MoeReport
+from tmljax.model.embed import DmelEmbed, PatchEmbed
+from tmljax.model.heads import FlowHead, TextHead
+from tmljax.model.params import dense
+from tmljax.model.trunk import Trunk
+from tmljax.stream.microturn import ABSENT, BINS, Layout
+
+Params = dict[str, Any]
+Batch = dict[str, jax.Array]
+
+LOWEST, STEP = -7.0, 0.6  # the dMel grid, facts §8.1
+
+
+class Outputs(NamedTuple):
+    text_BTSV: jax.Array  # logits of model_text
+    condition_BTSD: jax.Array  # of the flow head, per model_audio slot
+    heard_BTV: jax.Array  # logits of the auxiliary user's words
+    moe: MoeReport  # stacked over layers
+
+
+class InteractionModel(nnx.Module):
+    def __init__(self, stream: config.Stream, model: config.Model, rngs: nnx.Rngs):
+        self.layout, self.model = Layout(stream), model
+        D = model.d_model
+        self.tokens = dense(rngs, (stream.vocab_size, D), ("vocab", "embed"), fan_in=4)
+        self.slots = dense(rngs, (self.layout.slots, D), ("small", "embed"), fan_in=4)
+        self.user_dmel = DmelEmbed(self.layout, D, rngs)
+        self.model_dmel = DmelEmbed(self.layout, D, rngs)
+        self.patches = PatchEmbed(self.layout, D, rngs)
+        self.trunk = Trunk(model, rngs)
+        self.text_head = TextHead(D, stream.vocab_size, rngs)
+        self.heard_head = TextHead(D, stream.vocab_size, rngs)
+        self.flow_head = FlowHead(self.layout, model, rngs)
+
+    # Embeddings of each stream, [B, T, slots of the stream, D], slot identity included.
+
+    def embed_user_audio(self, dmel_BTFM: jax.Array) -> jax.Array:
+        return self._place(self.user_dmel(dmel_BTFM), 0)
+
+    def embed_video(self, patch_BNPX: jax.Array) -> jax.Array:
+        return self._place(self.patches(patch_BNPX), self.layout.user_audio)
+
+    def embed_user_text(self, token_BTS: jax.Array) -> jax.Array:
+        return self._place(self.tokens[...][token_BTS], self.layout.user_audio + self.layout.user_video)
+
+    def embed_model_text(self, token_BTS: jax.Array, slot: int = 0) -> jax.Array:
+        return self._place(self.tokens[...][token_BTS], self.layout.inputs + slot)
+
+    def embed_model_audio(self, mel_BTFM: jax.Array) -> jax.Array:
+        return self._place(self.model_dmel(quantise(mel_BTFM)), self.layout.inputs + self.layout.model_text)
+
+    def embed_slot_of_speech(self, mel_NfM: jax.Array, slot: int) -> jax.Array:
+        """One model_audio slot alone, [N, 1, D]; `mel_NfM` has the frames of that slot."""
+        x_NSD = self.model_dmel(quantise(mel_NfM[:, None]))[:, 0]
+        first = self.layout.inputs + self.layout.model_text + slot
+        return (x_NSD + self.slots[first][None, None]).astype(self.model.dtype)
+
+    def _place(self, x_BTSD: jax.Array, first: int) -> jax.Array:
+        slot_SD = self.slots[first : first + x_BTSD.shape[2]]
+        return (x_BTSD + slot_SD[None, None]).astype(self.model.dtype)
+
+    def weave(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """All streams in slot order: ([B, T, S, D], present bool [B, T, S])."""
+        B, T = batch["user_present"].shape
+        video_BNSD = self.embed_video(batch["video"])
+        every = self.layout.stream.video_every
+        video_BTSD = jnp.zeros((B, T, *video_BNSD.shape[2:]), video_BNSD.dtype).at[:, ::every].set(video_BNSD)
+        parts = (
+            self.embed_user_audio(batch["user_dmel"]),
+            video_BTSD,
+            self.embed_user_text(batch["user_text"]),
+            self.embed_model_text(batch["model_text"]),
+            self.embed_model_audio(batch["model_mel"]),
+        )
+        there = jnp.zeros((B, T), bool).at[:, ::every].set(batch["video_present"])
+        present = (
+            jnp.repeat(batch["user_present"][..., None], parts[0].shape[2], axis=2),
+            jnp.repeat(there[..., None], parts[1].shape[2], axis=2),
+            batch["user_text"] != ABSENT,
+            jnp.ones((B, T, self.layout.outputs), bool),
+        )
+        return jnp.concatenate(parts, axis=2), jnp.concatenate(present, axis=2)
+
+    def __call__(self, batch: Batch, mesh: Mesh | None = None) -> Outputs:
+        """The training forward; `batch` as the loader makes it (tmljax/stream/weave.py)."""
+        x_BTSD, present_BTS = self.weave(batch)
+        B, T, S, D = x_BTSD.shape
+        time_BT = batch["start"][:, None] + jnp.arange(T)[None]
+        z_BPD, moe = self.trunk(
+            x_BTSD.reshape(B, T * S, D),
+            jnp.repeat(time_BT, S, axis=1),
+            jnp.tile(jnp.arange(S), T),
+            present_BTS.reshape(B, T * S),
+            mesh,
+        )
+        z_BTSD = z_BPD.reshape(B, T, S, D)
+        first, texts = self.layout.inputs, self.layout.model_text
+        text_BTSV = self.text_head(z_BTSD[:, :, first - 1 : first + texts - 1])
+        condition_BTSD = z_BTSD[:, :, first + texts - 1 : S - 1]
+        return Outputs(text_BTSV, condition_BTSD, self.heard_head(z_BTSD[:, :, first - 1]), moe)
+
+
+def quantise(mel: jax.Array) -> jax.Array:
+    """dMel bins of a log10 mel, as tmljax/stream/dmel.py has them."""
+    return jnp.clip(jnp.round((mel.astype(jnp.float32) - LOWEST) / STEP), 0, BINS - 1).astype(jnp.uint8)
+
+
+@dataclass(frozen=True)
+class Definition:
+    """The model without its parameters: what crosses `jit` is a plain tree of arrays."""
+
+    stream: config.Stream
+    model: config.Model
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.stream)
+
+    def _build(self, key: jax.Array) -> InteractionModel:
+        return InteractionModel(self.stream, self.model, nnx.Rngs(params=key))
+
+    def _abstract_model(self) -> tuple[Any, nnx.State]:
+        return nnx.split(nnx.eval_shape(lambda: self._build(jax.random.key(0))))
+
+    def init(self, key: jax.Array) -> Params:
+        """Nested dict of float32 arrays; blocks are stacked over layers."""
+        return nnx.to_pure_dict(nnx.state(self._build(key)))
+
+    def abstract(self) -> Params:
+        return jax.eval_shape(self.init, jax.random.key(0))
+
+    def axes(self) -> Params:
+        """The same tree, of tuples that name each dim (`tmljax.sharding.PLACEMENT`)."""
+        _, state = self._abstract_model()
+
+        def names(variable: nnx.Variable) -> tuple[str, ...]:
+            own, ndim = variable.get_metadata()["axes"], len(variable.get_value().shape)
+            return ("layers",) * (ndim - len(own)) + own
+
+        flat = {path: names(variable) for path, variable in nnx.to_flat_state(state)}
+        return nnx.traversals.unflatten_mapping(flat)
+
+    def bind(self, params: Params) -> InteractionModel:
+        graph, state = self._abstract_model()
+        return nnx.merge(graph, jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(params)))
+
+
+def definition(stream: config.Stream, model: config.Model) -> Definition:
+    return Definition(stream, model)
+
+
+def count(params: Params) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(params))

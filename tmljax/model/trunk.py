@@ -1,0 +1,77 @@
+"""The stack of blocks: parameters stacked over layers, one block compiled and scanned.
+
+Legend: B batch, P positions, D d_model, L layers, N sessions, n new positions.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from tmljax import config
+from tmljax.model import cache
+from tmljax.model.block import Block, MoeReport
+from tmljax.model.params import constant
+from tmljax.ops.attention import see
+from tmljax.ops.norm import rms_norm
+from tmljax.sharding import BATCH_AXES
+
+REMAT = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Trunk(nnx.Module):
+    def __init__(self, model: config.Model, rngs: nnx.Rngs):
+        self.model = model
+
+        @nnx.split_rngs(splits=model.layers)
+        @nnx.vmap(in_axes=(0,), out_axes=0)
+        def stack(rngs: nnx.Rngs) -> Block:
+            return Block(model, rngs)
+
+        self.blocks = stack(rngs)
+        self.norm = constant((model.d_model,), ("embed",), 1.0)
+
+    def __call__(
+        self, x_BPD: jax.Array, time_BP: jax.Array, slot_P: jax.Array, present_BP: jax.Array, mesh: Mesh | None
+    ) -> tuple[jax.Array, MoeReport]:
+        """The training forward over whole examples. The report is stacked over layers."""
+        visible_BPQ = see(time_BP, slot_P, time_BP, slot_P, present_BP, self.model.window)
+        graph, stacked = nnx.split(self.blocks)
+
+        def step(x_BPD, layer):
+            if mesh is not None and mesh.size > 1:
+                spec = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+                x_BPD = jax.lax.with_sharding_constraint(x_BPD, spec)
+            return nnx.merge(graph, layer)(x_BPD, time_BP, visible_BPQ, lambda k, v: (k, v), mesh, tick=False)
+
+        if self.model.remat != "none":
+            step = jax.checkpoint(step, policy=REMAT[self.model.remat], prevent_cse=False)
+        x_BPD, report = jax.lax.scan(step, x_BPD, stacked)
+        return rms_norm(x_BPD, self.norm[...]), report
+
+    def extend(
+        self, x_NnD: jax.Array, time_Nn: jax.Array, slot_n: jax.Array, present_Nn: jax.Array, ring: cache.Ring
+    ) -> tuple[jax.Array, cache.Ring]:
+        """The streaming forward: new positions against the ring, which they join."""
+        ring = cache.announce(ring, time_Nn, slot_n, present_Nn)
+        visible_NnQ = see(time_Nn, slot_n, *cache.keys(ring), self.model.window)
+        graph, stacked = nnx.split(self.blocks)
+
+        def step(carry, layer_and_index):
+            (x_NnD, ring), (layer, index) = carry, layer_and_index
+            kept = [ring]
+
+            def keep(k_NnKh, v_NnKh):
+                k_NQKh, v_NQKh, kept[0] = cache.write(ring, index, k_NnKh, v_NnKh, time_Nn, slot_n)
+                return k_NQKh, v_NQKh
+
+            x_NnD, _ = nnx.merge(graph, layer)(x_NnD, time_Nn, visible_NnQ, keep, None, tick=True)
+            return (x_NnD, kept[0]), None
+
+        indices = jnp.arange(self.model.layers)
+        (x_NnD, ring), _ = jax.lax.scan(step, (x_NnD, ring), (stacked, indices))
+        return rms_norm(x_NnD, self.norm[...]), ring

@@ -1,0 +1,144 @@
+"""A checkpoint as a self-contained directory that serves without this model's source.
+
+    weights.safetensors   every parameter under its flat name, float32
+    tick.stablehlo        the tick for N sessions, `jax.export` of (weights, state, inputs) -> (state, outputs)
+    state.json            the initial state: name -> shape, dtype and what fills it
+    config.json           the exact experiment
+    tokenizer.json
+    manifest.json         format version, platforms, shapes of inputs and outputs, versions, SHA-256 of each file
+
+`tmljax.serve.bundle` reads it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+
+from tmljax import config
+from tmljax.config import Experiment, UserError
+from tmljax.decode.program import PLATFORMS, flatten, initial_state, lower_tick
+from tmljax.decode.session import Arrays, program_shapes
+from tmljax.serve.bundle import FORMAT, FORMAT_VERSION, is_export
+from tmljax.stream.text import Tokenizer
+
+RECORDED = ("jax", "jaxlib", "flax", "numpy", "safetensors", "tokenizers")
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def export(
+    output: str | Path,
+    experiment: Experiment,
+    tokenizer: Tokenizer,
+    params: Any,
+    *,
+    step: int,
+    name: str = "",
+    sessions: int = 1,
+) -> dict[str, Any]:
+    """Writes the directory whole or not at all, in place of an earlier export; returns the manifest.
+
+    Raises UserError when something else is there, the disk is full or writing is refused.
+    """
+    output = Path(os.path.abspath(output))
+    refuse_foreign(output)
+    program = lower_tick(experiment, sessions, PLATFORMS)
+    weights = {key: np.asarray(leaf) for key, leaf in flatten(params).items()}
+    with _whole_directory(output) as folder:
+        save_file(weights, folder / "weights.safetensors", metadata={"format": "np"})
+        (folder / "tick.stablehlo").write_bytes(program.serialize())
+        _write_json(folder / "state.json", describe(initial_state(experiment, sessions)))
+        (folder / "config.json").write_text(config.to_json(experiment), encoding="utf-8")
+        (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
+        manifest = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "name": name,
+            "step": step,
+            "sessions": sessions,
+            "parameters": sum(array.size for array in weights.values()),
+            "platforms": list(program.platforms),
+            "calling_convention_version": program.calling_convention_version,
+            "inputs": _describe_shapes(program_shapes(program)[2]),
+            "outputs": _describe_shapes(jax.tree.unflatten(program.out_tree, program.out_avals)[1]),
+            "versions": {package: importlib.metadata.version(package) for package in RECORDED},
+            "files": {
+                path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(folder.iterdir())
+            },
+        }
+        _write_json(folder / "manifest.json", manifest)
+    return manifest
+
+
+def refuse_foreign(output: Path) -> None:
+    """Raises UserError unless `output` is free, empty or an export that may be replaced."""
+    if output.exists() and not output.is_dir():
+        raise UserError(f"{output} is a file; --output must name a directory")
+    if output.is_dir() and any(output.iterdir()) and not is_export(output):
+        raise UserError(f"{output} holds other things than an export; name an empty or a new directory")
+
+
+@contextlib.contextmanager
+def _whole_directory(output: Path) -> Iterator[Path]:
+    """A new folder beside `output` that takes its place at the end, or vanishes when anything goes wrong."""
+    folder = output.with_name(f".{output.name}.{os.getpid()}.partial")
+    replaced = output.with_name(f".{output.name}.{os.getpid()}.replaced")
+    try:
+        folder.mkdir(parents=True)
+        yield folder
+        for path in folder.iterdir():
+            _sync(path)
+        if output.exists():
+            output.rename(replaced)
+        folder.rename(output)
+    except (OSError, SafetensorError) as e:  # safetensors writes from Rust and has the number in its text
+        full = getattr(e, "errno", None) in FULL or any(f"(os error {number})" in str(e) for number in FULL)
+        raise UserError(f"cannot write {output}: {'the disk is full' if full else e}") from None
+    finally:
+        if replaced.exists() and not output.exists():
+            replaced.rename(output)
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def _write_json(path: Path, tree: Any) -> None:
+    path.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
+
+
+def describe(state: Arrays) -> dict[str, Any]:
+    """A fresh state repeats one value, or one row of its last dim, so that gigabytes of it are a page of text."""
+    description = {}
+    for name, array in state.items():
+        row = array.reshape(-1, *array.shape[-1:])[0]
+        assert (array == row).all(), f"{name} of the initial state does not repeat one row"
+        fill = row[0].item() if (row == row[0]).all() else row.tolist()
+        description[name] = {"shape": list(array.shape), "dtype": str(array.dtype), "fill": fill}
+    return description
+
+
+def _describe_shapes(arrays: dict[str, Any]) -> dict[str, Any]:
+    return {name: {"shape": list(array.shape), "dtype": str(array.dtype)} for name, array in arrays.items()}
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,92 @@
+"""The training objective: cross-entropy on text, flow matching on speech, and the user's words as an auxiliary.
+
+Legend: B batch, T micro-turns, S slots of a stream, V vocab, X values of a slot of mel, L layers, E experts.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from tmljax import config
+from tmljax.model.interaction import Batch, Definition, InteractionModel, Params
+from tmljax.ops.flow import matching_loss, normalise
+from tmljax.ops.losses import cross_entropy, weighted_mean
+from tmljax.stream.microturn import HOLD, IDLE
+
+
+class Routing(NamedTuple):
+    """For the balance update, which no gradient drives."""
+
+    load_LE: jax.Array
+    dropped: jax.Array  # assignments without room in this batch
+
+
+def objective(
+    definition: Definition, params: Params, batch: Batch, key: jax.Array, weights: config.Loss, mesh: Mesh | None = None
+) -> tuple[jax.Array, tuple[dict[str, jax.Array], Routing]]:
+    """Returns the loss and (metrics, routing). Every metric is a float32 scalar; `loss/*` terms are unweighted."""
+    model = definition.bind(params)
+    out = model(batch, mesh)
+    target_BTS = batch["model_text"]
+    valid_BT = batch["valid"].astype(jnp.float32)
+
+    word_BTS = (target_BTS != IDLE) & (target_BTS != HOLD)
+    kind_BTS = jnp.where(word_BTS, 1.0, jnp.where(target_BTS == HOLD, weights.hold, weights.idle))
+    text = weighted_mean(cross_entropy(out.text_BTSV, target_BTS), kind_BTS * valid_BT[..., None])
+
+    heard_BT, listens_BT = batch["heard"], valid_BT * batch["user_present"]
+    kind_BT = jnp.where(heard_BT == IDLE, weights.idle, 1.0)
+    heard = weighted_mean(cross_entropy(out.heard_BTV, heard_BT), kind_BT * listens_BT)
+
+    speaks_BT = jnp.any(target_BTS != IDLE, axis=2)
+    flow = flow_loss(model, out.condition_BTSD, batch["model_mel"], speaks_BT * valid_BT, key)
+
+    router_z = jnp.sum(out.moe.z_loss)
+    total = text + weights.flow * flow + weights.heard * heard + definition.model.moe.z_loss * router_z
+    metrics = {
+        "loss/total": total,
+        "loss/text": text,
+        "loss/flow": flow,
+        "loss/heard": heard,
+        "loss/router_z": router_z,
+        "text/word_accuracy": accuracy(out.text_BTSV, target_BTS, word_BTS * valid_BT[..., None]),
+        "text/idle_accuracy": accuracy(out.text_BTSV, target_BTS, (target_BTS == IDLE) * valid_BT[..., None]),
+        "heard/word_accuracy": accuracy(out.heard_BTV, heard_BT, (heard_BT != IDLE) * listens_BT),
+    }
+    return total, (metrics, Routing(out.moe.load_E, jnp.sum(out.moe.dropped)))
+
+
+def flow_loss(
+    model: InteractionModel, condition_BTSD: jax.Array, mel_BTFM: jax.Array, speaks_BT: jax.Array, key: jax.Array
+) -> jax.Array:
+    """Flow matching where the model speaks (`speaks_BT` is 1 or 0); where it is silent the decoder needs no head.
+
+    A step takes a random `share` of each example's micro-turns, speaking ones first, and several (noise, time) draws
+    of each (MAR, arXiv 2406.11838: the head is small against the trunk).
+    """
+    k_pick, k_noise, k_time = jax.random.split(key, 3)
+    flow, (B, T, S, D) = model.model.flow, condition_BTSD.shape
+    picks = max(1, round(flow.share * T))
+    score_BT = speaks_BT + 0.5 * jax.random.uniform(k_pick, (B, T))
+    _, pick_Bt = jax.lax.top_k(score_BT, picks)
+    take = lambda x: jnp.take_along_axis(x, pick_Bt.reshape(B, picks, *(1,) * (x.ndim - 2)), axis=1)  # noqa: E731
+
+    condition_BtSD = take(condition_BTSD)
+    target_BtSX = normalise(take(mel_BTFM)).reshape(B, picks, S, -1)
+    noise = jax.random.normal(k_noise, (flow.draws, *target_BtSX.shape))
+    time = jax.random.uniform(k_time, (flow.draws, B, picks, S))
+    error = matching_loss(
+        lambda x, t: model.flow_head.endpoint(condition_BtSD[None], x, t),
+        jnp.broadcast_to(target_BtSX, noise.shape),
+        noise,
+        time,
+    )
+    return weighted_mean(jnp.mean(error, axis=(0, 3)), take(speaks_BT))
+
+
+def accuracy(logit_V: jax.Array, target: jax.Array, weight: jax.Array) -> jax.Array:
+    return weighted_mean((jnp.argmax(logit_V, axis=-1) == target).astype(jnp.float32), weight)

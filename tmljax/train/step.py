@@ -1,0 +1,153 @@
+"""The training step: one pure jitted function from (state, batch) to (state, metrics).
+
+Legend: B batch, A micro-batches, L layers, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from tmljax.config import Experiment
+from tmljax.sharding import check_batch, replicated
+from tmljax.train.optimizer import make_optimizer, schedule
+from tmljax.train.state import Definition, State, abstract_state, join, split
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]  # float32 scalars
+
+EVALUATION_KEY = 1 << 20  # apart from every step's key: the same noise in each held-out loss
+
+
+class Routing(Protocol):
+    """What the experts report for the balance update."""
+
+    load_LE: jax.Array  # share of the assignments
+    dropped: jax.Array  # number of assignments
+
+
+# (definition, params, batch, key, loss weights, mesh) -> (loss, (metrics, Routing))
+Objective = Callable[..., tuple[jax.Array, tuple[Metrics, Routing]]]
+
+
+class Program(NamedTuple):
+    """The compiled functions of one experiment on one mesh."""
+
+    optimizer: optax.GradientTransformation
+    abstract: State  # shapes and shardings of the state
+    step: Callable[[State, Batch], tuple[State, Metrics]]  # takes the state's buffers
+    evaluate: Callable[[Any, Batch], Metrics]  # of params on a held-out batch
+
+
+def make_program(experiment: Experiment, definition: Definition, objective: Objective, mesh: Mesh) -> Program:
+    """Raises UserError where the batch or the model does not divide over the mesh."""
+    check_batch(mesh, experiment.data.batch // experiment.optimizer.accumulate)
+    optimizer = make_optimizer(experiment.optimizer, split(definition.axes())[0])
+    abstract = abstract_state(definition, optimizer, mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    lose = partial(lose_batch, objective, definition, experiment, mesh)
+    step = jax.jit(
+        partial(take_step, lose, optimizer, experiment),
+        out_shardings=(shardings, replicated(mesh)),
+        donate_argnums=0,
+    )
+    evaluate = jax.jit(partial(evaluate_batch, lose, experiment), out_shardings=replicated(mesh))
+    return Program(optimizer, abstract, step, evaluate)
+
+
+def lose_batch(
+    objective: Objective,
+    definition: Definition,
+    experiment: Experiment,
+    mesh: Mesh,
+    trained: Any,
+    routing: Any,
+    batch: Batch,
+    key: jax.Array,
+) -> tuple[jax.Array, tuple[Metrics, Routing]]:
+    """The objective as a function of what gradients train."""
+    return objective(definition, join(trained, routing), batch, key, experiment.loss, mesh)
+
+
+def evaluate_batch(lose: Callable[..., Any], experiment: Experiment, params: Any, batch: Batch) -> Metrics:
+    key = jax.random.fold_in(jax.random.key(experiment.train.seed), EVALUATION_KEY)
+    _, (metrics, _) = lose(*split(params), batch, key)
+    return metrics
+
+
+def take_step(
+    lose: Callable[..., Any],
+    optimizer: optax.GradientTransformation,
+    experiment: Experiment,
+    state: State,
+    batch: Batch,
+) -> tuple[State, Metrics]:
+    """An update that is not finite is counted and not taken: the state stays, but for the step count."""
+    config = experiment.optimizer
+    trained, routing = split(state.params)
+    key = jax.random.fold_in(jax.random.key(experiment.train.seed), state.step)
+    (loss, (metrics, load_LE, dropped)), grads = accumulate(lose, config.accumulate, trained, routing, batch, key)
+
+    norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    clip = jnp.minimum(1.0, config.clip / jnp.maximum(norm, 1e-12))
+    directions, moments = optimizer.update(jax.tree.map(lambda g: g * clip, grads), state.optimizer, trained)
+    rate = schedule(config, experiment.train.steps)(state.step)
+    moved = join(jax.tree.map(lambda p, d: p + rate * d, trained, directions), routing)
+    balanced = balance(moved, load_LE, experiment.model.moe.balance_rate)
+
+    keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
+    params, moments = jax.tree.map(keep, (balanced, moments), (state.params, state.optimizer))
+    skipped = state.skipped + jnp.where(finite, 0, 1)
+    metrics = {
+        **metrics,
+        "learning_rate": rate,
+        "grad_norm": norm,
+        "experts/load_max": jnp.max(load_LE) * load_LE.shape[-1],  # 1 is balanced
+        "experts/load_min": jnp.min(load_LE) * load_LE.shape[-1],
+        "experts/dropped": dropped,
+        "skipped": skipped,
+    }
+    return State(state.step + 1, params, moments, skipped), jax.tree.map(jnp.float32, metrics)
+
+
+def accumulate(
+    lose: Callable[..., Any], micro_batches: int, trained: Any, routing: Any, batch: Batch, key: jax.Array
+) -> tuple[tuple[jax.Array, tuple[Metrics, jax.Array, jax.Array]], Any]:
+    """((loss, (metrics, load_LE, dropped)), gradients): means over micro-batches, and the sum of what was dropped."""
+    differentiate = jax.value_and_grad(lose, has_aux=True)
+
+    def one(batch: Batch, key: jax.Array) -> Any:
+        (loss, (metrics, report)), grads = differentiate(trained, routing, batch, key)
+        return (loss, (metrics, report.load_LE, report.dropped)), grads
+
+    if micro_batches == 1:
+        return one(batch, key)
+
+    def add(total: Any, index_and_batch: tuple[jax.Array, Batch]) -> tuple[Any, None]:
+        index, micro_batch = index_and_batch
+        return jax.tree.map(jnp.add, total, one(micro_batch, jax.random.fold_in(key, index))), None
+
+    # Every A-th example, so that each device keeps the examples that it holds.
+    take_turns = lambda x: jnp.swapaxes(x.reshape(-1, micro_batches, *x.shape[1:]), 0, 1)  # noqa: E731
+    batches = jax.tree.map(take_turns, batch)
+    zero = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, jax.tree.map(lambda x: x[0], batches), key)
+    )
+    total, _ = jax.lax.scan(add, zero, (jnp.arange(micro_batches), batches))
+    (loss, (metrics, load_LE, dropped)), grads = jax.tree.map(lambda x: x / micro_batches, total)
+    return (loss, (metrics, load_LE, dropped * micro_batches)), grads
+
+
+def balance(params: Any, load_LE: jax.Array, rate: float) -> Any:
+    """Raises the routing bias of experts with less than their share of the load and lowers the others'
+    (loss-free balancing, arXiv 2408.15664)."""
+    trained, routing = split(params)
+    push_LE = rate * jnp.sign(jnp.mean(load_LE, axis=-1, keepdims=True) - load_LE)
+    return join(trained, jax.tree.map(lambda bias_LE: bias_LE + push_LE, routing))
