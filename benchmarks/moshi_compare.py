@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 
-MOSHI_SMALL = dict(  # 46M parameters; the proportions of the 7B model
+MOSHI_SMALL = dict(  # noqa: C408 - 46M parameters; the proportions of the 7B model
     n_q=8, dep_q=4, card=1024, text_card=1024, context=250, dim=512, num_heads=8, num_layers=8, hidden_scale=4.125,
     depformer_dim=256, depformer_dim_feedforward=1056, depformer_num_heads=4, depformer_num_layers=4,
 )  # fmt: skip
@@ -58,7 +58,7 @@ def compare(seconds: float) -> None:
 
 def run_side(command: list[str], side: str, seconds: float) -> dict:
     """In a process of its own that has one core and one thread."""
-    one_thread = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+    one_thread = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
     flags = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
     environment = os.environ | one_thread | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "NO_TORCH_COMPILE": "1"}
     core = max(os.sched_getaffinity(0))
@@ -82,8 +82,8 @@ def measure_ours(seconds: float) -> dict:
     experiment = Experiment(
         model=Model(
             d_model=512, layers=8, heads=8, kv_heads=2, head_dim=64, window=100,
-            moe=Moe(experts=8, top_k=2, expert_width=704, shared_width=1408, tick_matmul="gathered"),
-            flow=Flow(width=512, depth=4),
+            moe=Moe(experts=4, top_k=2, expert_width=704, shared_width=1024, tick_matmul="gathered"),
+            flow=Flow(width=512, depth=3),
         )
     )  # fmt: skip
     engine = random_engine(experiment, sessions=1)

@@ -23,8 +23,9 @@ from tqdm import trange
 
 from launch import verb
 from tmljax.config import Experiment, UserError
+from tmljax.decode.engine import Engine
 from tmljax.decode.program import engine_from_params, engine_from_workdir
-from tmljax.decode.session import Chunk, Engine, Live
+from tmljax.decode.session import Chunk, Live
 from tmljax.model.interaction import definition
 from tmljax.stream.microturn import IDLE, MICROTURN_SAMPLES, MICROTURN_SECONDS
 from tmljax.stream.text import Tokenizer

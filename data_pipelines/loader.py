@@ -13,18 +13,22 @@ opening costs the same for ten minutes of data and for a thousand hours.
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
 import threading
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 from absl import flags
 
-from data_pipelines import builder, recordings
+from data_pipelines import builder, manifest, recordings
 from tmljax.config import Experiment, UserError
 from tmljax.stream import weave
-from tmljax.stream.microturn import ABSENT, Layout
+from tmljax.stream.microturn import ABSENT, FRAMES, Layout
 from tmljax.stream.record import Session
 from tmljax.stream.text import Tokenizer
 
@@ -33,7 +37,6 @@ Streams = dict[str, np.ndarray]  # of a session or window, see tmljax/stream/wea
 SYNTHETIC = "synthetic"  # the generated dataset's name in config.data.recordings
 THREADS = 2  # that weave batches beside the training thread
 AHEAD = 4  # batches kept ready
-CACHE_BYTES = 1 << 30  # of woven sessions kept in memory, over all sources and workers
 ENDLESS = 1 << 50  # examples; grain counts batches in floating point
 VALIDATION_SEED = 0  # the same windows for every run, whatever its seed
 
@@ -46,53 +49,19 @@ class Source(NamedTuple):
     sessions: Sequence[Session]
 
 
-class WovenSessions:
-    """The sessions of one source as streams; those that fit into `budget` bytes are woven only once."""
+class Window(NamedTuple):
+    """Weaves `length` micro-turns of a session, from a random one on."""
 
-    def __init__(self, sessions: Sequence[Session], layout: Layout, tokenizer: Tokenizer, budget: int):
-        self._sessions, self._layout, self._tokenizer = sessions, layout, tokenizer
-        self._kept: dict[int, Streams] = {}
-        self._left = budget
-        self._lock = threading.Lock()
+    layout: Layout
+    tokenizer: Tokenizer
+    length: int
 
-    def __len__(self) -> int:
-        return len(self._sessions)
-
-    def __getitem__(self, index: int) -> Streams:
-        streams = self._kept.get(index)
-        if streams is None:
-            session = self._sessions[index]
-            streams = weave.weave(session, self._layout, self._tokenizer)
-            if session.family == recordings.UNHEARD:
-                streams["heard"][:] = ABSENT  # no target, which is not the same as nobody speaking
-            self._keep(index, streams)
+    def __call__(self, session: Session, rng: np.random.Generator) -> Streams:
+        start = draw_start(session.frames // FRAMES, self.length, self.layout.stream.video_every, rng)
+        streams = weave.weave(session, self.layout, self.tokenizer, start, self.length)
+        if session.family == recordings.UNHEARD:
+            streams["heard"][:] = ABSENT  # no target, which is not the same as nobody speaking
         return streams
-
-    def _keep(self, index: int, streams: Streams) -> None:
-        size = sum(array.nbytes for array in streams.values())
-        with self._lock:
-            if size <= self._left and index not in self._kept:
-                self._kept[index] = streams
-                self._left -= size
-
-    def __getstate__(self) -> dict[str, Any]:  # a worker process starts with an empty cache
-        size = sum(array.nbytes for streams in self._kept.values() for array in streams.values())
-        return self.__dict__ | {"_kept": {}, "_left": self._left + size, "_lock": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._lock = threading.Lock()
-
-
-class Window:
-    """Cuts an example of `length` micro-turns out of a session at a random place."""
-
-    def __init__(self, length: int, video_every: int):
-        self._length, self._every = length, video_every
-
-    def __call__(self, streams: Streams, rng: np.random.Generator) -> Streams:
-        start = draw_start(len(streams["valid"]), self._length, self._every, rng)
-        return weave.cut(streams, start, self._length)
 
 
 def draw_start(micro_turns: int, window: int, every: int, rng: np.random.Generator) -> int:
@@ -102,7 +71,7 @@ def draw_start(micro_turns: int, window: int, every: int, rng: np.random.Generat
     and is then pushed inside. So beginnings and endings, where replies stand, are drawn as often as the middle:
     each micro-turn is seen with probability at least window / (micro_turns + window).
     """
-    n, w = micro_turns // every, window // every
+    n, w = -(-micro_turns // every), window // every
     if n <= w:
         return 0
     return every * int(np.clip(rng.integers(1 - w, n), 0, n - w))
@@ -128,23 +97,21 @@ class ProcessRows(grain.MapDataset):
 
 
 def stack(examples: Sequence[Streams]) -> Streams:
-    """A batch that shares no memory with cached sessions."""
+    """[rows, ...] of each stream."""
     return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
 
 
 def mix_examples(
-    sources: Sequence[Source], layout: Layout, tokenizer: Tokenizer, window: int, seed: int, cache: int = CACHE_BYTES
+    sources: Sequence[Source], layout: Layout, tokenizer: Tokenizer, window: int, seed: int
 ) -> grain.MapDataset:
     """The endless stream of examples. Raises UserError where a source is empty."""
-    every = layout.stream.video_every
     streams = []
     for number, source in enumerate(sources):
         if not len(source.sessions):
             raise UserError(f"{source.name} holds no session to train on")
-        woven = WovenSessions(source.sessions, layout, tokenizer, cache // len(sources))
         source_seed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
-        stream = grain.MapDataset.source(woven).seed(source_seed).shuffle().repeat()
-        streams.append(stream.random_map(Window(window, every)))
+        stream = grain.MapDataset.source(source.sessions).seed(source_seed).shuffle().repeat()
+        streams.append(stream.random_map(Window(layout, tokenizer, window)))
     return grain.MapDataset.mix(streams, [source.weight for source in sources])
 
 
@@ -185,11 +152,8 @@ class Loader(Iterator[Streams]):
         if not flags.FLAGS.is_parsed():  # grain asks absl for its settings; outside a verb they are the defaults
             flags.FLAGS.mark_as_parsed()
         read = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
-        return iter(
-            batches.to_iter_dataset(read).mp_prefetch(
-                grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=2)
-            )
-        )
+        workers = grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=2)
+        return iter(batches.to_iter_dataset(read).mp_prefetch(workers, prepare_worker))
 
     def start(self) -> None:
         """Begins to prepare batches, while the caller compiles say."""
@@ -218,6 +182,17 @@ class Loader(Iterator[Streams]):
         self._iterator = None
 
 
+def prepare_worker(index: int, count: int) -> None:
+    """Ctrl-C is the parent's to handle; and a worker whose parent was killed ends, which grain leaves undone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+
+
 def train_loader(
     experiment: Experiment,
     tokenizer: Tokenizer,
@@ -227,7 +202,6 @@ def train_loader(
     seed: int | None = None,
 ) -> Loader:
     """Batches of [batch / process_count, ...] arrays for ever; `seed` is config.train.seed unless given."""
-    data = experiment.data
     return load_sources(
         open_sources(experiment, "train"),
         experiment,
@@ -235,7 +209,7 @@ def train_loader(
         seed=experiment.train.seed if seed is None else seed,
         process_index=process_index,
         process_count=process_count,
-        workers=data.workers,
+        workers=experiment.data.workers,
     )
 
 
@@ -256,9 +230,8 @@ def load_sources(
             f"the tokenizer has {tokenizer.vocab_size} tokens, more than "
             f"config.stream.vocab_size={experiment.stream.vocab_size}"
         )
-    cache = CACHE_BYTES // max(workers, 1)
-    stream = mix_examples(sources, layout, tokenizer, data.window, seed, cache)
-    identity = {"seed": seed, "sources": [[s.name, len(s.sessions), s.weight] for s in sources]}
+    stream = mix_examples(sources, layout, tokenizer, data.window, seed)
+    identity = {"seed": seed, "sources": [[Path(s.name).stem, len(s.sessions), s.weight] for s in sources]}
     return Loader(
         stream, data.batch, identity, process_index=process_index, process_count=process_count, workers=workers
     )
@@ -283,7 +256,7 @@ def validation_batches(
 
 def open_sources(experiment: Experiment, split: str) -> list[Source]:
     """The prepared dataset (weight 1 unless the recordings name `synthetic:w`) and each recordings manifest."""
-    weights = recordings.parse_manifests(experiment.data.recordings)
+    weights = manifest.parse_manifests(experiment.data.recordings)
     weights = {SYNTHETIC: weights.pop(SYNTHETIC, 1.0)} | weights
     sources = []
     for name, weight in weights.items():

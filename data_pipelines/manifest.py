@@ -2,29 +2,30 @@
 
 A manifest is JSON lines, one recording each, paths relative to the manifest's folder:
 
-    {"path": "calls/0001.wav", "duration": 24.5}
+    {"path": "calls/0001.wav", "duration": 24.5, "video": "calls/0001.npy"}
 
 The sound file has two channels at any rate: left is the model's side, right the user's. Beside it lies a
 file of the same stem with the word times (annotate.py of moshi-finetune writes it):
 
-    {"alignments": [["hello", [0.32, 0.61], "SPEAKER_MAIN"], ...]}
+    {"alignments": [["hello", [0.32, 0.61], "SPEAKER_MAIN"], ...], "typed": [["seven", 12.4], ...]}
 
-Words of SPEAKER_MAIN are the model's, of any other speaker the user's. Two optional keys are ours:
-"typed": [["word", seconds], ...] is what the user typed, and "video": "frames.npy" names uint8 frames
-[N, H, W, 3] of the config's video size, one for every `video_every` micro-turns (.npy, or .npz with one
-array). Only headers are read here, so a mistake in the last of ten thousand files is told at once.
+Words of SPEAKER_MAIN are the model's, of any other speaker the user's. "video" and "typed" are ours and optional:
+uint8 frames [N, H, W, 3] of the config's video size, one for every `video_every` micro-turns (.npy, or .npz with
+one array), and what the user typed when. Only headers are read here, so a mistake in the last of ten thousand
+files is told at once.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import soundfile
@@ -75,65 +76,88 @@ def parse_manifests(text: str) -> dict[str, float]:
     return weights
 
 
+class Line(NamedTuple):
+    where: str  # "manifest.jsonl:3"
+    name: str  # as the manifest has it
+    sound: Path
+    words: Path
+    video: Path | None
+    duration: float | None
+
+
 def read_manifest(path: str | os.PathLike[str], stream: Stream) -> list[Recording]:
     """Raises UserError naming the line, and the word where there is one, for anything that cannot be used."""
-    path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"cannot read the recordings manifest {path}: {_reason(e)}") from None
-    recordings = [
-        _read_line(line, f"{path}:{number}", path.parent, stream)
-        for number, line in enumerate(lines, 1)
-        if line.strip()
-    ]
+    recordings = [_read_recording(line, stream) for line in _read_lines(Path(path))]
     if not recordings:
         raise UserError(f"the recordings manifest {path} names no recording")
     return recordings
 
 
-def _read_line(line: str, where: str, folder: Path, stream: Stream) -> Recording:
-    name, promised = _parse_line(line, where)
-    sound = folder / name
-    seconds = _measure(sound, where)
-    if promised is not None and abs(promised - seconds) > DURATION_TOLERANCE:
-        raise UserError(f"{where}: the duration is given as {promised:g} s but {sound} lasts {seconds:.2f} s")
-    sidecar = sound.with_suffix(".json")
-    tree = _read_sidecar(sidecar, where)
-    words = [_word(entry, seconds, f"{sidecar}: alignments[{i}]") for i, entry in enumerate(tree["alignments"])]
-    model, user = (
-        _in_order(w for w, speaker in words if (speaker == MODEL_SPEAKER) is mine and w.text) for mine in (True, False)
-    )
-    typed = [_typed(entry, seconds, f"{sidecar}: typed[{i}]") for i, entry in enumerate(tree.get("typed", []))]
-    video = tree.get("video")
-    recording = Recording(
-        where=where,
-        id=os.path.splitext(name)[0],
-        path=sound,
-        seconds=seconds,
-        model_words=model,
-        user_words=user or None,
-        typed=_in_order(typed),
-        video=None if video is None else sound.parent / video,
-    )
-    if recording.video is not None:
-        open_video(recording, stream)
-    return recording
+def fingerprint(path: str | os.PathLike[str]) -> str:
+    """Changes with the manifest and with the size or date of any file that it names; reads none of them."""
+    digest = hashlib.sha256()
+    for line in _read_lines(Path(path)):
+        files = (file for file in (line.sound, line.words, line.video) if file is not None)
+        stats = [(file.stat().st_size, file.stat().st_mtime_ns) if file.exists() else None for file in files]
+        digest.update(repr((line.name, line.duration, line.video and line.video.name, stats)).encode())
+    return digest.hexdigest()
 
 
-def _parse_line(line: str, where: str) -> tuple[str, float | None]:
+def _read_lines(path: Path) -> Iterator[Line]:
     try:
-        tree = json.loads(line)
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"cannot read the recordings manifest {path}: {_reason(e)}") from None
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            yield _parse_line(line, f"{path}:{number}", path.parent)
+
+
+def _parse_line(text: str, where: str, folder: Path) -> Line:
+    try:
+        tree = json.loads(text)
     except json.JSONDecodeError as e:
         raise UserError(f"{where}: not JSON ({e.msg} at column {e.colno})") from None
     if not isinstance(tree, dict) or not isinstance(tree.get("path"), str):
         raise UserError(
-            f'{where}: must be an object like {{"path": "x.wav", "duration": 24.5}}, got {line.strip()[:80]}'
+            f'{where}: must be an object like {{"path": "x.wav", "duration": 24.5}}, got {text.strip()[:80]}'
         )
-    duration = tree.get("duration")
+    duration, video, sound = tree.get("duration"), tree.get("video"), folder / tree["path"]
     if duration is not None and not _is_number(duration):
         raise UserError(f"{where}: the duration must be seconds, got {duration!r}")
-    return tree["path"], duration
+    if not isinstance(video, str | None):
+        raise UserError(f"{where}: the video must be the name of a file, got {video!r}")
+    return Line(
+        where, tree["path"], sound, sound.with_suffix(".json"), None if video is None else folder / video, duration
+    )
+
+
+def _read_recording(line: Line, stream: Stream) -> Recording:
+    seconds = _measure(line.sound, line.where)
+    if line.duration is not None and abs(line.duration - seconds) > DURATION_TOLERANCE:
+        raise UserError(
+            f"{line.where}: the duration is given as {line.duration:g} s but {line.sound} lasts {seconds:.2f} s"
+        )
+    tree = _read_sidecar(line.words, line.where)
+    words = [_word(entry, seconds, f"{line.words}: alignments[{i}]") for i, entry in enumerate(tree["alignments"])]
+    model, user = (
+        _in_order(w for w, speaker in words if (speaker == MODEL_SPEAKER) is mine and w.text) for mine in (True, False)
+    )
+    recording = Recording(
+        where=line.where,
+        id=os.path.splitext(line.name)[0],
+        path=line.sound,
+        seconds=seconds,
+        model_words=model,
+        user_words=user or None,
+        typed=_in_order(
+            _typed(entry, seconds, f"{line.words}: typed[{i}]") for i, entry in enumerate(tree.get("typed", []))
+        ),
+        video=line.video,
+    )
+    if recording.video is not None:
+        open_video(recording, stream)
+    return recording
 
 
 def _measure(sound: Path, where: str) -> float:
@@ -168,8 +192,8 @@ def _read_sidecar(sidecar: Path, where: str) -> dict[str, Any]:
         raise UserError(f"{where}: cannot read the word times {sidecar}: {_reason(e)}") from None
     if not isinstance(tree, dict) or not isinstance(tree.get("alignments"), list):
         raise UserError(f'{where}: {sidecar} has no list "alignments"')
-    if not isinstance(tree.get("typed", []), list) or not isinstance(tree.get("video", ""), str | None):
-        raise UserError(f'{where}: {sidecar}: "typed" must be a list and "video" the name of a file')
+    if not isinstance(tree.get("typed", []), list):
+        raise UserError(f'{where}: {sidecar}: "typed" must be a list')
     return tree
 
 

@@ -2,23 +2,35 @@
 
 A recording of any length is read once, in blocks, and becomes records of about a minute, cut where nobody
 speaks: so a window can be read without its hour, and an hour counts for more than a minute. The layout of
-the files is described in data_pipelines/manifest.py.
+the files is described in data_pipelines/manifest.py. The records are prepared once, under config.data.root,
+with the features of synthetic sessions (data_pipelines/records.py).
 
 Legend: F mel frames, M mel channels.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
+import hashlib
+import io
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import soundfile
 import soxr
+import tensorflow_datasets as tfds
+from tqdm import tqdm
 
-from data_pipelines.manifest import Recording, open_video, read_manifest
-from tmljax.config import Experiment, UserError
+from data_pipelines import records
+from data_pipelines.manifest import Recording, fingerprint, open_video, read_manifest
+from tmljax.config import Experiment, Stream, UserError
 from tmljax.stream import dmel
 from tmljax.stream.microturn import FRAME_SAMPLES, FRAMES, MICROTURN_SAMPLES, MICROTURN_SECONDS, SAMPLE_RATE
 from tmljax.stream.record import Session, Word
@@ -27,12 +39,131 @@ FAMILY = "recording"
 UNHEARD = "recording-unheard"  # nobody transcribed the user: what was heard is unknown
 RECORD_MICROTURNS = 300  # of a record, at most, unless the training window is longer
 BLOCK_SECONDS = 20  # of sound in memory
+HELD_OUT = 20  # one record in so many is for validation
+SPLIT = "records"  # TFDS's one split, of which train and validation are parts
+FORMAT = 1  # raise it when the same files give other records
 
 
 def import_manifest(path: str | os.PathLike[str], experiment: Experiment) -> Iterator[Session]:
     """The sessions of a manifest, in order. All of it is checked (UserError) before the first one is made."""
     for recording in read_manifest(path, experiment.stream):
         yield from convert(recording, experiment)
+
+
+class Recorded(tfds.core.GeneratorBasedBuilder):
+    """Real conversations; see data_pipelines/recordings.py."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    url_infos: ClassVar[dict[str, Any]] = {}  # nothing is downloaded
+
+    def __init__(self, home: Path, stream: Stream, sessions: Iterator[Session] | None = None) -> None:
+        self._stream, self._sessions = stream, sessions
+        super().__init__(data_dir=os.fspath(home), file_format="array_record")
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = records.features(self._stream.video_height, self._stream.video_width)
+        return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+        return {SPLIT: self._generate_examples()}
+
+    def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        for number, session in enumerate(self._sessions):
+            yield number, records.encode(session, self._stream.video_height, self._stream.video_width)
+
+    @property
+    def whole(self) -> bool:
+        return (Path(self.data_dir) / "dataset_info.json").exists()
+
+
+def folder(manifest: str, experiment: Experiment) -> Path:
+    """Where the records of a manifest are: another folder when any of its files or the layout of video changes."""
+    stream = experiment.stream
+    most = max(RECORD_MICROTURNS, experiment.data.window)
+    content = (FORMAT, fingerprint(manifest), stream.video_height, stream.video_width, stream.video_every, most)
+    key = hashlib.sha256(repr(content).encode()).hexdigest()[:12]
+    return Path(experiment.data.root) / f"{Path(manifest).stem}-{key}"
+
+
+def prepare(manifest: str, experiment: Experiment, progress: bool = True) -> Path:
+    """Imports a manifest where that was not done yet; other processes that ask for it wait.
+
+    Raises UserError for what is wrong in the manifest, and for a full disk.
+    """
+    home, stream = folder(manifest, experiment), experiment.stream
+    if Recorded(home, stream).whole:
+        return home
+    recordings = read_manifest(manifest, stream)
+    try:
+        with _alone(home.with_name(f".{home.name}.lock")):
+            if not Recorded(home, stream).whole:
+                shutil.rmtree(home, ignore_errors=True)  # what an interrupted import left
+                store(home, stream, _import_all(recordings, experiment, manifest, progress))
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"cannot write the records of {manifest}: {e}") from None
+        raise UserError(f"the disk is full; free space for {home} and run again") from None
+    return home
+
+
+def store(home: Path, stream: Stream, sessions: Iterator[Session]) -> None:
+    """Writes `sessions` as records under `home`, for `Records` to read."""
+    tfds.disable_progress_bar()
+    with contextlib.redirect_stdout(io.StringIO()):
+        Recorded(home, stream, sessions).download_and_prepare()
+
+
+@contextlib.contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with open(lock, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _import_all(
+    recordings: Sequence[Recording], experiment: Experiment, name: str, progress: bool
+) -> Iterator[Session]:
+    seconds = round(sum(recording.seconds for recording in recordings))
+    with tqdm(total=seconds, unit="s", unit_scale=True, desc=f"importing {name}", disable=not progress) as bar:
+        for recording in recordings:
+            for session in convert(recording, experiment):
+                yield session
+                bar.update(session.frames * FRAME_SAMPLES / SAMPLE_RATE)
+
+
+def open_manifest(manifest: str, experiment: Experiment, split: str) -> Records:
+    """The "train" or "validation" records of a manifest, which is imported first where it was not yet.
+
+    One record in 20 is held out; its words were not trained on, its speakers may have been.
+    """
+    return Records(prepare(manifest, experiment), experiment.stream, split)
+
+
+class Records(Sequence[Session]):
+    """Decoded when asked for. It can be pickled into worker processes."""
+
+    def __init__(self, home: Path, stream: Stream, split: str) -> None:
+        self._home, self._stream = home, stream
+        self._numbers = split_records(Recorded(home, stream).info.splits[SPLIT].num_examples, split)
+        self._source: Any = None
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index: int) -> Session:
+        if self._source is None:
+            self._source = Recorded(self._home, self._stream).as_data_source(SPLIT)
+        return records.decode(self._source[self._numbers[index]])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_source": None}
+
+
+def split_records(count: int, split: str) -> list[int]:
+    """Every 20th record is for validation; the last one where there are fewer, but more than one."""
+    held = list(range(HELD_OUT - 1, count, HELD_OUT)) or ([count - 1] if count > 1 else [])
+    return held if split == "validation" else [number for number in range(count) if number not in set(held)]
 
 
 def convert(recording: Recording, experiment: Experiment) -> Iterator[Session]:

@@ -45,14 +45,10 @@ def render(score: Score, name: str, voices: Voices, rng: np.random.Generator, ke
         user_words=_words(score, "user"),
         model_words=_words(score, "model"),
         typed=score.typed,
-        video=None if score.scene is None else draw(score.scene, rng)[: _video_frames(score)],
+        video=None if score.scene is None else draw(score.scene, rng),
         audio=audio,
         truth=score.truth,
     )
-
-
-def _video_frames(score: Score) -> int:
-    return len(score.scene.things)
 
 
 def _words(score: Score, track: str) -> tuple[Word, ...]:

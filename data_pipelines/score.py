@@ -4,7 +4,8 @@ Times are seconds on the session's clock. `truth` is a list of plain dicts, one 
 
     {"kind": "reply", "after": t, "window": [a, b], "content": [word, ...]}
         The user has finished at `after`, and a reply is due: it takes the turn inside `window`, and its words
-        inside the window hold `content` in this order. The window ends where the user's next turn begins.
+        inside the window hold `content` in this order (no word in particular where it is empty). The window
+        ends where the user's next turn begins.
     {"kind": "silence", "window": [a, b]}
         Nothing may be said: a pause inside a sentence, talk to others, background speech, silence.
     {"kind": "yield", "at": a, "end": b}
@@ -74,19 +75,17 @@ def boundary(seconds: float) -> float:
     return round(math.ceil(seconds / MICROTURN_SECONDS - 1e-6) * MICROTURN_SECONDS, 4)
 
 
-def clip_words(words: tuple[Word, ...], stop: float, onset: float) -> tuple[tuple[Word, ...], float]:
-    """What is left of speech cut at `stop` after somebody began to interrupt at `onset`, and the final cut.
+def clip_words(words: tuple[Word, ...], stop: float, noticed: float) -> tuple[tuple[Word, ...], float]:
+    """What is left of speech that stops at `stop`, by somebody who knew since `noticed` that it would, and the cut.
 
-    A word cut short counts as said when half of it was; otherwise it goes, with its sound if it began
-    after the interruption did.
+    A word cut short counts as said when half of it was, or when it had begun before. Otherwise it is not begun.
     """
     kept = []
     for word in words:
         if word.end <= stop:
             kept.append(word)
         elif word.start < stop:
-            if stop - word.start >= 0.5 * (word.end - word.start) or word.start < onset:
-                kept.append(word._replace(end=stop))
-            else:
-                stop = max(word.start, onset)
+            if word.start >= noticed and stop - word.start < 0.5 * (word.end - word.start):
+                return tuple(kept), word.start
+            kept.append(word._replace(end=stop))
     return tuple(kept), stop

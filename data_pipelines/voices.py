@@ -8,10 +8,11 @@ library is not thread-safe.
 
 from __future__ import annotations
 
-import atexit
 import ctypes
 import hashlib
+import itertools
 import math
+import os
 import shutil
 import tempfile
 from collections import OrderedDict
@@ -38,15 +39,16 @@ ACCENTS = {
     "caribbean": "gmw/en-029",
 }
 VARIANTS = (
-    "m1 m2 m3 m4 m5 m6 m7 m8 f1 f2 f3 f4 f5 Alex Andrea Annie Gene Hugo Jacky Lee Mario Michael Mike Alicia "
-    "anika aunty belinda benjamin boris david ed grandpa ian john linda paul pedro quincy rob sandro steph "
-    "travis victor zac croak"
-).split()
+    *("m1", "m2", "m3", "m4", "m5", "m6", "m7", "m8", "f1", "f2", "f3", "f4", "f5", "croak", "grandpa", "aunty"),
+    *("Alex", "Andrea", "Annie", "Gene", "Hugo", "Jacky", "Lee", "Mario", "Michael", "Mike", "Alicia", "anika"),
+    *("belinda", "benjamin", "boris", "david", "ed", "ian", "john", "linda", "paul", "pedro", "quincy", "rob"),
+    *("sandro", "steph", "travis", "victor", "zac"),
+)
 MODEL_VARIANT = "m3"  # the model's own; no user has it
 
 # How words sound that the dictionary would read otherwise (espeak phoneme mnemonics).
 SOUNDS = {"mhm": "[[m@h'm]]", "uhhuh": "[[Vh'V]]", "um": "[[V:m]]", "uh": "[[V:]]"}
-LETTER_SOUNDS = {"a": "[[eI]]", "i": "[[aI]]"}  # the model says letters, never articles
+LETTER_SOUNDS = {"a": "[['eI]]", "i": "[['aI]]"}  # the model says letters, never articles
 
 
 class Speaker(NamedTuple):
@@ -122,17 +124,26 @@ _UTF8, _PHONEMES = 1, 0x100
 
 @cache
 def _data_folder() -> str:
-    """espeak's data with our voice files; links to the wheel for the rest."""
+    """espeak's data with our voice files and links to the wheel for the rest, shared by all processes."""
     source = Path(espeakng_loader.get_data_path())
-    folder = Path(tempfile.mkdtemp(prefix="tmljax-voices-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    for name in ("phondata", "phonindex", "phontab", "intonations", "en_dict", "lang"):
-        (folder / name).symlink_to(source / name)
-    (folder / "voices" / "!v").mkdir(parents=True)
+    files = {}
     for variant in VARIANTS:
         lines = (source / "voices" / "!v" / variant).read_text().splitlines()
         kept = [line for line in lines if not line.startswith(("flutter", "echo", "roughness"))]
-        (folder / "voices" / "!v" / variant).write_text("\n".join([*kept, "flutter 0", "echo 0 0", "roughness 0", ""]))
+        files[variant] = "\n".join([*kept, "flutter 0", "echo 0 0", "roughness 0", ""])
+    fingerprint = hashlib.blake2b(repr((str(source), files)).encode(), digest_size=8).hexdigest()
+    folder = Path(tempfile.gettempdir()) / f"tmljax-voices-{os.getuid()}-{fingerprint}"
+    if not (folder / "phondata").exists():
+        making = Path(tempfile.mkdtemp(prefix="tmljax-voices-"))
+        for name in ("phondata", "phonindex", "phontab", "intonations", "en_dict", "lang"):
+            (making / name).symlink_to(source / name)
+        (making / "voices" / "!v").mkdir(parents=True)
+        for variant, text in files.items():
+            (making / "voices" / "!v" / variant).write_text(text)
+        try:
+            making.rename(folder)
+        except OSError:  # another process was first
+            shutil.rmtree(making)
     return str(folder)
 
 
@@ -190,7 +201,7 @@ class Espeak:
             elif kind == _EVENT_END:
                 closed = sample / self.rate
         resampled = soxr.resample(samples, self.rate, SAMPLE_RATE, quality="MQ").astype(np.float32, copy=False)
-        return _tighten(resampled, [w.strip(",.?!") for w in words], _fill(onsets, spoken, closed))
+        return _tighten(resampled, words, _fill(onsets, spoken, closed))
 
 
 def _fill(onsets: np.ndarray, spoken: list[str], end: float) -> np.ndarray:
@@ -198,37 +209,51 @@ def _fill(onsets: np.ndarray, spoken: list[str], end: float) -> np.ndarray:
     borders = np.append(onsets, end)
     borders[0] = max(borders[0], 0.0)
     known = np.flatnonzero(borders >= 0)
-    for a, b in zip(known, known[1:]):
+    for a, b in itertools.pairwise(known):
         lengths = np.cumsum([len(spoken[i]) for i in range(a, b)])
         borders[a + 1 : b] = borders[a] + (borders[b] - borders[a]) * lengths[:-1] / lengths[-1]
     return np.maximum.accumulate(borders)
 
 
 _BLOCK = 80  # 5 ms
+_PAUSE = 0.075  # seconds: longer than the closure of a plosive, shorter than the rest at a comma
 
 
 def _tighten(samples: np.ndarray, words: list[str], borders: np.ndarray) -> Utterance:
-    """Cuts silence off both ends and ends each word where its sound ends."""
+    """Cuts silence off both ends and ends each word where its sound ends.
+
+    After a comma espeak reports the next word late: its sound begins with the first after the pause.
+    """
     blocks = len(samples) // _BLOCK
     level = np.sqrt(np.mean(samples[: blocks * _BLOCK].reshape(blocks, _BLOCK) ** 2, axis=1))
     loud = np.flatnonzero(level > max(0.02 * level.max(), 1e-4))
     first, last = int(loud[0]), int(loud[-1]) + 1
     step = _BLOCK / SAMPLE_RATE
     timed = []
-    for text, start, end in zip(words, borders, borders[1:]):
+    for i, (text, start, end) in enumerate(zip(words, borders, borders[1:])):
         inside = loud[np.searchsorted(loud, start / step - 0.5) : np.searchsorted(loud, end / step - 0.5)]
+        if text.endswith(",") and i + 1 < len(words):
+            pauses = np.flatnonzero(np.diff(inside) > _PAUSE / step)
+            if len(pauses):
+                borders[i + 1] = inside[pauses[-1] + 1] * step
+                inside = inside[: pauses[-1] + 1]
         if len(inside):
             start, end = max(start, inside[0] * step), min(max((inside[-1] + 1) * step, start + step), end)
         start, end = (min(max(t - first * step, 0.0), (last - first) * step) for t in (start, end))
-        timed.append(Word(text, round(float(start), 4), round(float(max(end, start)), 4)))
+        timed.append(Word(text.strip(",.?!"), round(float(start), 4), round(float(max(end, start)), 4)))
     return Utterance(np.ascontiguousarray(samples[first * _BLOCK : last * _BLOCK]), tuple(timed))
+
+
+@cache
+def _espeak() -> Espeak:
+    return Espeak()
 
 
 class Voices:
     """Everybody who can speak in this process; recent utterances are remembered, the model's replies repeat."""
 
     def __init__(self, remembered: int = 2048) -> None:
-        self._espeak = Espeak()
+        self._espeak = _espeak()
         self._said: OrderedDict[tuple[str, Speaker], Utterance] = OrderedDict()
         self._remembered = remembered
 

@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from launch import verb
 from tmljax.config import UserError
-from tmljax.decode.session import Engine, SessionInput, Transcript, converse, microturns
+from tmljax.decode.engine import Engine
+from tmljax.decode.session import SessionInput, Transcript, converse, microturns
 from tmljax.serve import bundle
 from tmljax.stream.audio import read_audio, write_wav
 from tmljax.stream.microturn import MICROTURN_SECONDS, SAMPLE_RATE
@@ -111,8 +112,8 @@ def check_writable(path: str | None, input_path: str) -> None:
     folder = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(folder):
         raise UserError(f"cannot write {path}: the folder {folder} does not exist")
-    if os.path.isdir(path):
-        raise UserError(f"cannot write {path}: it is a folder")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"cannot write {path}: it is {'a folder' if os.path.isdir(path) else 'no regular file'}")
     if os.path.exists(path) and os.path.exists(input_path) and os.path.samefile(path, input_path):
         raise UserError(f"{path} is the input too; name another file to write")
 

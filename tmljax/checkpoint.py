@@ -4,40 +4,54 @@
     workdir/tokenizer.json
     workdir/checkpoints/STEP/      params (nested dict), optimizer (flat dict), progress (json)
 
-Orbax writes a step aside and renames it when it is whole. What happens to it afterwards is noticed by fingerprints:
-two sums per array over its bits, which are the same however the array is sharded.
+Orbax writes a step aside and renames it when it is whole. What happens to it afterwards is noticed by fingerprints
+of the arrays (tmljax/fingerprint.py).
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
+import gc
 import json
+import logging
 import os
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from tmljax import config
+from tmljax import cluster, config
 from tmljax.config import Experiment, UserError
+from tmljax.fingerprint import compare, fingerprints, flatten, host_fingerprints
 from tmljax.stream.text import Tokenizer
 
 FOLDER = "checkpoints"
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
-BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError)  # what reading a damaged checkpoint raises
+UNREADABLE = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+)  # some of what orbax raises for damaged files
 
 # What a resumed run may change: how long, how often and where, but nothing that changes the numbers on the way.
 FREE = ("train.steps", "train.log_every", "train.save_every", "train.keep", "train.eval_every", "train.eval_batches")
 FREE_GROUPS = ("mesh.", "sampling.", "data.root", "data.workers")
+
+
+class Damaged(Exception):
+    """A checkpoint that cannot be read, or is not what was written."""
 
 
 class Restored(NamedTuple):
@@ -53,7 +67,10 @@ class Checkpoints:
     def __init__(self, workdir: str | Path, keep: int):
         self._folder = Path(workdir).absolute() / FOLDER
         self._folder.mkdir(parents=True, exist_ok=True)
-        newest, best = policies.LatestN(keep), policies.BestN(get_metric_fn=goodness, n=1, keep_checkpoints_without_metrics=False)
+        newest, best = (
+            policies.LatestN(keep),
+            policies.BestN(get_metric_fn=goodness, n=1, keep_checkpoints_without_metrics=False),
+        )
         self._manager = ocp.CheckpointManager(
             self._folder,
             options=ocp.CheckpointManagerOptions(
@@ -83,10 +100,13 @@ class Checkpoints:
         self._writing = True
         try:
             self._manager.save(
-                step, args=ocp.args.Composite(**arrays, progress=ocp.args.JsonSave(progress)), metrics=metrics, force=True
+                step,
+                args=ocp.args.Composite(**arrays, progress=ocp.args.JsonSave(progress)),
+                metrics=metrics,
+                force=True,
             )
-        except BROKEN as e:
-            raise self._failure(e) from e
+        except Exception as e:
+            raise self._failure(e) from None
 
     def poll(self) -> None:
         """Raises UserError where the save in progress has failed; never waits."""
@@ -100,15 +120,16 @@ class Checkpoints:
         self._writing = False
         try:
             self._manager.wait_until_finished()
-        except BROKEN as e:
-            raise self._failure(e) from e
+        except Exception as e:
+            raise self._failure(e) from None
 
     def close(self) -> None:
-        """Waits for nothing that has failed already."""
+        """Raises UserError where the save in progress fails."""
         try:
-            self._manager.close()
-        except BROKEN as e:
-            raise self._failure(e) from e
+            self.wait()
+        finally:
+            with contextlib.suppress(Exception):  # raised by wait already
+                self._manager.close()
 
     def _failure(self, e: Exception) -> Exception:
         full = "No space left on device" in str(e) or getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
@@ -133,15 +154,17 @@ def steps(workdir: str | Path) -> list[int]:
 
 
 def restore(workdir: str | Path, step: int, params: Any, optimizer: Any) -> Restored:
-    """`params` and `optimizer` are trees of ShapeDtypeStruct with the shardings wanted. Raises BROKEN."""
+    """`params` and `optimizer` are trees of ShapeDtypeStruct with the shardings wanted. Raises Damaged."""
     targets = {"params": params, "optimizer": flatten(optimizer)}
+
+    def check(found: Any) -> None:
+        for name in targets:
+            compare(fingerprints(found[name]), found.progress["fingerprints"][name])
+
     arrays = {name: ocp.args.StandardRestore(target) for name, target in targets.items()}
-    found = _reader().restore(
-        _step_folder(workdir, step), args=ocp.args.Composite(**arrays, progress=ocp.args.JsonRestore())
-    )
-    for name in targets:
-        check_fingerprints(fingerprints(found[name]), found.progress["fingerprints"][name])
-    moments = jax.tree.unflatten(jax.tree.structure(optimizer), [found.optimizer[name] for name in targets["optimizer"]])
+    found = _read(_step_folder(workdir, step), lambda: arrays, check)
+    leaves = [found.optimizer[name] for name in targets["optimizer"]]
+    moments = jax.tree.unflatten(jax.tree.structure(optimizer), leaves)
     return Restored(found.progress["step"], found.params, moments, found.progress["iterator"])
 
 
@@ -151,15 +174,17 @@ def resume(workdir: str | Path, params: Any, optimizer: Any) -> Restored | None:
     Damaged ones are renamed to STEP.damaged, so that their steps can be written again. Raises UserError where every
     one is damaged.
     """
-    clear_unfinished(workdir)
-    damaged: dict[int, Exception] = {}
+    lead = cluster.is_lead()
+    if lead:
+        clear_unfinished(workdir)
+    damaged: dict[int, Damaged] = {}
     for step in reversed(steps(workdir)):
         try:
             restored = restore(workdir, step, params, optimizer)
-        except BROKEN as e:
+        except Damaged as e:
             damaged[step] = e
             continue
-        for bad in damaged:
+        for bad in damaged if lead else ():
             report_damage(bad, damaged[bad], step)
             os.replace(_step_folder(workdir, bad), _free_name(_step_folder(workdir, bad)))
         return restored
@@ -170,11 +195,11 @@ def resume(workdir: str | Path, params: Any, optimizer: Any) -> Restored | None:
 
 def latest_complete(workdir: str | Path) -> int:
     """Of the checkpoints that can be read, the newest. Raises UserError where there is none."""
-    damaged: dict[int, Exception] = {}
+    damaged: dict[int, Damaged] = {}
     for step in reversed(steps(workdir)):
         try:
             read_params(workdir, step)
-        except BROKEN as e:
+        except Damaged as e:
             damaged[step] = e
             continue
         for bad in damaged:
@@ -193,7 +218,7 @@ def best_step(workdir: str | Path) -> int | None:
     for step in steps(workdir):
         try:
             losses[step] = json.loads((_step_folder(workdir, step) / "metrics" / "metrics").read_text())["loss"]
-        except BROKEN:
+        except (OSError, ValueError, LookupError):
             continue
     return min(losses, key=losses.__getitem__) if losses else None
 
@@ -205,36 +230,39 @@ def load_for_serving(workdir: str | Path, step: int | None = None) -> tuple[Expe
         raise UserError(f"{workdir} has no checkpoint of step {step}; it has {steps(workdir) or 'none'}")
     try:
         params, progress = read_params(workdir, step)
-    except BROKEN as e:
-        raise _all_damaged(workdir, {step: e}) from e
+    except Damaged as e:
+        raise _all_damaged(workdir, {step: e}) from None
     experiment = config.from_tree(Experiment, progress["config"])
     return experiment, Tokenizer.load(Path(workdir) / TOKENIZER), params
 
 
 def read_params(workdir: str | Path, step: int) -> tuple[Any, dict[str, Any]]:
-    """Nested dict of numpy arrays, and the progress beside it; no device is touched. Raises BROKEN."""
+    """Nested dict of numpy arrays, and the progress beside it; no device is touched. Raises Damaged."""
     folder = _step_folder(workdir, step)
-    shapes = ocp.StandardCheckpointHandler().metadata(folder / "params").tree
-    if shapes is None:
-        raise ValueError("params have no metadata")
-    on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
-    found = _reader().restore(
-        folder,
-        args=ocp.args.Composite(params=ocp.args.PyTreeRestore(restore_args=on_host), progress=ocp.args.JsonRestore()),
-    )
-    check_fingerprints(host_fingerprints(found.params), found.progress["fingerprints"]["params"])
+
+    def arrays() -> dict[str, Any]:
+        shapes = ocp.StandardCheckpointHandler().metadata(folder / "params").tree
+        on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
+        return {"params": ocp.args.PyTreeRestore(restore_args=on_host)}
+
+    def check(found: Any) -> None:
+        compare(host_fingerprints(found.params), found.progress["fingerprints"]["params"])
+
+    found = _read(folder, arrays, check)
     return found.params, found.progress
 
 
 def clear_unfinished(workdir: str | Path) -> None:
     """Removes what an interrupted save left behind."""
     for left in (Path(workdir) / FOLDER).glob("*.orbax-checkpoint-tmp*"):
-        print(f"checkpoint {left.name.split('.')[0]} was being written when the last run ended; removed", file=sys.stderr)
+        print(
+            f"checkpoint {left.name.split('.')[0]} was being written when the last run ended; removed", file=sys.stderr
+        )
         shutil.rmtree(left, ignore_errors=True)
 
 
-def report_damage(step: int, reason: Exception, used: int) -> None:
-    print(f"checkpoint {step} is damaged ({_brief(reason)}); using checkpoint {used}", file=sys.stderr)
+def report_damage(step: int, reason: Damaged, used: int) -> None:
+    print(f"checkpoint {step} is damaged ({reason}); using checkpoint {used}", file=sys.stderr)
 
 
 # The config beside the checkpoints.
@@ -254,7 +282,8 @@ def keep_config(workdir: str | Path, experiment: Experiment) -> None:
             raise UserError(
                 f"{workdir} was trained with another config: {'; '.join(changed)}. Set it back or use another --workdir"
             )
-    write_text(path, config.to_json(experiment))
+    if cluster.is_lead():
+        write_text(path, config.to_json(experiment))
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
@@ -280,51 +309,27 @@ def write_text(path: Path, text: str) -> None:
         aside.unlink(missing_ok=True)
 
 
-# Fingerprints.
-
-
-def fingerprints(tree: Any) -> dict[str, list[int]]:
-    """Two 32-bit sums of each array's bits, plain and weighted by place."""
-    with jax.transfer_guard("allow"):
-        return {name: sums.tolist() for name, sums in jax.device_get(_device_sums(flatten(tree))).items()}
-
-
-def host_fingerprints(tree: Any) -> dict[str, list[int]]:
-    return {name: [int(s) for s in _sums(np, np.asarray(x).reshape(-1))] for name, x in flatten(tree).items()}
-
-
-@jax.jit
-def _device_sums(flat: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    return {name: jnp.stack(_sums(jnp, x)) for name, x in flat.items()}
-
-
-def _sums(np_or_jnp: Any, x: Any) -> tuple[Any, Any]:
-    if np_or_jnp is jnp:
-        bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
-        place, stride = jnp.zeros(x.shape, jnp.uint32), 1
-        for dim in reversed(range(x.ndim)):
-            place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, dim) * jnp.uint32(stride % 2**32)
-            stride *= x.shape[dim]
-    else:
-        bits = x.view(f"uint{8 * x.dtype.itemsize}").astype(np.uint32)
-        place = np.arange(x.size, dtype=np.uint32)
-    return bits.sum(dtype=np.uint32), (bits * (2 * place + 1)).sum(dtype=np.uint32)
-
-
-def check_fingerprints(found: dict[str, list[int]], saved: dict[str, list[int]]) -> None:
-    for name in sorted(found.keys() | saved.keys()):
-        if found.get(name) != saved.get(name):
-            raise ValueError(f"{name} is not what was saved")
-
-
-def flatten(tree: Any) -> dict[str, Any]:
-    """{"0.mu.trunk.norm": array}: a plain dict, whatever classes the tree is made of."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
-
-
-def _reader() -> ocp.Checkpointer:
-    return ocp.Checkpointer(ocp.CompositeCheckpointHandler())
+def _read(folder: Path, args: Callable[[], dict[str, Any]], check: Callable[[Any], None]) -> Any:
+    """What orbax reads, checked. Raises Damaged, without the pages that tasks of a failed read leave on stderr."""
+    try:
+        args = ocp.args.Composite(**args(), progress=ocp.args.JsonRestore())
+        found = ocp.Checkpointer(ocp.CompositeCheckpointHandler()).restore(folder, args=args)
+        check(found)
+        return found
+    except Exception as e:
+        if type(e) is not Exception and not isinstance(e, UNREADABLE):
+            raise
+        reason = Damaged(re.sub(r"\s+", " ", str(e.__cause__ or e))[:160] or type(e).__name__)
+    hooks, logger = (sys.excepthook, sys.unraisablehook), logging.getLogger("asyncio")
+    level = logger.level
+    try:
+        sys.excepthook, sys.unraisablehook = lambda *_: None, lambda _: None
+        logger.setLevel(logging.CRITICAL)
+        gc.collect()
+    finally:
+        sys.excepthook, sys.unraisablehook = hooks
+        logger.setLevel(level)
+    raise reason
 
 
 def _step_folder(workdir: str | Path, step: int) -> Path:
@@ -336,14 +341,10 @@ def _free_name(folder: Path) -> Path:
     return name if not name.exists() else folder.with_name(f"{folder.name}.damaged.{os.getpid()}")
 
 
-def _all_damaged(workdir: str | Path, damaged: dict[int, Exception]) -> UserError:
+def _all_damaged(workdir: str | Path, damaged: dict[int, Damaged]) -> UserError:
     newest = max(damaged)
     others = f", nor can {', '.join(map(str, sorted(damaged.keys() - {newest})))}" if len(damaged) > 1 else ""
     return UserError(
-        f"checkpoint {newest} of {workdir} cannot be read ({_brief(damaged[newest])}){others}; "
+        f"checkpoint {newest} of {workdir} cannot be read ({damaged[newest]}){others}; "
         f"bring {Path(workdir) / FOLDER} back from a copy, or use another --workdir"
     )
-
-
-def _brief(e: Exception) -> str:
-    return re.sub(r"\s+", " ", str(e))[:160] or type(e).__name__

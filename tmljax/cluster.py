@@ -8,6 +8,7 @@ from types import FrameType
 from typing import Self
 
 import jax
+from jax.experimental import multihost_utils
 
 CACHE_VARIABLE = "TMLJAX_CACHE"
 
@@ -28,16 +29,23 @@ def initialize() -> None:
 
 
 def process_index() -> int:
-    return jax.process_index()
+    """Touches no device where there is one process, so that data may be built by forked workers before training."""
+    return jax.process_index() if jax.distributed.is_initialized() else 0
 
 
 def process_count() -> int:
-    return jax.process_count()
+    return jax.process_count() if jax.distributed.is_initialized() else 1
 
 
 def is_lead() -> bool:
     """Whether this process writes what exists once: logs, metrics, config."""
-    return jax.process_index() == 0
+    return process_index() == 0
+
+
+def wait_for_all(name: str) -> None:
+    """Returns when every process has come to this place."""
+    if process_count() > 1:
+        multihost_utils.sync_global_devices(name)
 
 
 def cache_folder() -> str:

@@ -32,3 +32,17 @@ FAMILIES: dict[str, tuple[Callable[[Stage], Score], float]] = {
     "visual_cue": (visual_cue.compose, 0.06),
     "typed_text": (typed_text.compose, 0.06),
 }
+
+# What a session lasts on average (seconds); turns hours of training data into a number of sessions.
+SECONDS: dict[str, float] = {
+    "turn_taking": 10.3,
+    "pause": 10.6,
+    "self_correction": 10.2,
+    "interruption": 9.7,
+    "user_backchannel": 10.5,
+    "model_backchannel": 10.6,
+    "verbal_cue": 9.4,
+    "no_answer": 7.3,
+    "visual_cue": 9.2,
+    "typed_text": 9.1,
+}

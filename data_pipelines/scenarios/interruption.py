@@ -13,16 +13,14 @@ def compose(stage: Stage) -> Score:
     rng, split = stage.rng, stage.split
     asked = draw(rng, split, recital)
     stage.ask(asked)
-    asked_end = stage.clock
     long_answer = stage.answer(asked)
-    wanted = draw(rng, split)
-    onset = rng.uniform(long_answer.start + 0.9, long_answer.end - 1.0)
+    onset = rng.uniform(long_answer.start + 1.6, long_answer.end - 1.0)
     first = stage.truth[-1]
     stage.close(onset)
     long_answer = stage.interrupt(long_answer, onset)
     first["content"] = [w.text for w in long_answer.words if w.end <= onset][:2]
     stage.clock = onset
-    call = choose(rng, CALLS)
+    call, wanted = choose(rng, CALLS), draw(rng, split)
     if rng.random() < 0.6:
         spoken = stage.user(f"{call}, {wanted.text}")
     else:
@@ -31,6 +29,5 @@ def compose(stage: Stage) -> Score:
         spoken = stage.user(wanted.text)
     stage.truth.append({"kind": "yield", "at": round(onset, 3), "end": round(spoken.end, 3)})
     stage.clock = max(spoken.end, long_answer.end)
-    assert asked_end < onset
     stage.reply(wanted.reply, wanted.content, after=spoken.end)
     return stage.score("interruption")

@@ -9,20 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 
 from data_pipelines.voices import split_of
 
 Rng = np.random.Generator
+T = TypeVar("T")
 
-NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
-COLOURS = "red green blue yellow white black purple orange".split()
-ANIMALS = "tiger monkey rabbit elephant horse camel dolphin chicken".split()
-THINGS = "window guitar banana pencil river mountain coffee garden".split()
+NUMBERS = (
+    *("zero", "one", "two", "three", "four", "five", "six"),
+    *("seven", "eight", "nine", "ten", "eleven", "twelve"),
+)
+COLOURS = ("red", "green", "blue", "yellow", "white", "black", "purple", "orange")
+ANIMALS = ("tiger", "monkey", "rabbit", "elephant", "horse", "camel", "dolphin", "chicken")
+THINGS = ("window", "guitar", "banana", "pencil", "river", "mountain", "coffee", "garden")
 WORDS = COLOURS + ANIMALS + THINGS
-SPELLED = "cat dog sun hat pig cup fox bed milk bird fish moon".split()
-NAMES = "anna peter maria david".split()
+SPELLED = ("cat", "dog", "sun", "hat", "pig", "cup", "fox", "bed", "milk", "bird", "fish", "moon")
+NAMES = ("anna", "peter", "maria", "david")
 FACTS = {"colour": COLOURS, "animal": ANIMALS, "number": NUMBERS[1:11]}
 OPENINGS = ("please", "okay", "now", "hey", "so", "well")
 FILLERS = ("um", "uh")
@@ -185,6 +190,7 @@ STATE = (
     "the {k} i like best is {v}",
     "remember that my favourite {k} is {v}",
     "you should know my favourite {k} is {v}",
+    "i want you to know my favourite {k} is {v}",
 )
 ASK = (
     "what is my favourite {k}",
@@ -193,6 +199,10 @@ ASK = (
     "do you know my favourite {k}",
     "what did i say is my favourite {k}",
     "can you name my favourite {k}",
+    "which is my favourite {k}",
+    "say my favourite {k}",
+    "i want to hear my favourite {k}",
+    "can you tell me my favourite {k}",
 )
 
 
@@ -234,20 +244,36 @@ def any_kind(rng: Rng) -> Request:
     return KINDS[int(rng.choice(len(KINDS), p=[weight for _, weight in KINDS]))][0](rng)
 
 
+def of_split(split: str, make: Callable[[], tuple[str, T]]) -> T:
+    """The first thing made whose sentence belongs to the split."""
+    for _ in range(10_000):
+        text, thing = make()
+        if split_of(text) == split:
+            return thing
+    raise AssertionError(f"no sentence like {text!r} belongs to {split}")
+
+
 def draw(rng: Rng, split: str, make: Callable[[Rng], Request] = any_kind) -> Request:
     """A request whose sentence belongs to this split."""
-    while True:
+
+    def attempt() -> tuple[str, Request]:
         said = opened(rng, make(rng))
-        if split_of(said.text) == split:
-            return said
+        return said.text, said
+
+    return of_split(split, attempt)
 
 
-def draw_text(rng: Rng, split: str, make: Callable[[Rng], str]) -> str:
-    """A sentence that asks for no answer, of this split."""
-    while True:
-        text = make(rng)
-        if split_of(text) == split:
-            return text
+def draw_filled(rng: Rng, split: str, templates: Sequence[str], **choices: Sequence[str]) -> tuple[str, dict[str, str]]:
+    """One of the templates filled with different words from `choices`, and those words."""
+
+    def attempt() -> tuple[str, tuple[str, dict[str, str]]]:
+        values: dict[str, str] = {}
+        for name, options in choices.items():
+            values[name] = choose(rng, [o for o in options if o not in values.values()])
+        text = choose(rng, templates).format(**values)
+        return text, (text, values)
+
+    return of_split(split, attempt)
 
 
 def hesitant(rng: Rng, words: Sequence[str], share: float = 0.12) -> str:
@@ -267,5 +293,7 @@ def corrected(rng: Rng, said: Request) -> tuple[str, ...] | None:
     if not slots:
         return None
     position, alternatives = choose(rng, slots)
-    marker = choose(rng, CORRECTIONS).split()
-    return (*said.words[:position], choose(rng, alternatives), *marker, *said.words[position:])
+    wrong, marker = choose(rng, alternatives), choose(rng, CORRECTIONS)
+    if rng.random() < 0.5:
+        wrong, marker = f"{wrong},", f"{marker},"
+    return (*said.words[:position], wrong, *marker.split(), *said.words[position:])

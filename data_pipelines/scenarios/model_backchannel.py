@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from data_pipelines.scenarios.language import ANIMALS, COLOURS, THINGS, choose, draw_text
+from data_pipelines.scenarios.language import ANIMALS, COLOURS, THINGS, choose, draw_filled
 from data_pipelines.scenarios.stage import GAP, Stage
 from data_pipelines.score import Score, boundary
 
@@ -29,13 +29,13 @@ ACKNOWLEDGEMENTS = ("mhm", "uhhuh")
 
 def compose(stage: Stage) -> Score:
     rng = stage.rng
-    while True:
-        animal, other = (ANIMALS[i] for i in rng.choice(len(ANIMALS), 2, replace=False))
-        opening = draw_text(rng, stage.split, lambda r: f"{choose(r, OPENINGS)} {_first(r, animal)}")
-        break
+    beginnings = [f"{opening} {first}" for opening in OPENINGS for first in FIRST]
+    opening, cast = draw_filled(rng, stage.split, beginnings, c=COLOURS, a=ANIMALS)
+    animal = cast["a"]
     clauses = [opening]
+    others = [a for a in ANIMALS if a != animal]
     for i in rng.choice(len(MIDDLE), int(rng.integers(1, 3)), replace=False):
-        clauses.append(MIDDLE[i].format(t=choose(rng, THINGS), c2=choose(rng, COLOURS), a2=other))
+        clauses.append(MIDDLE[i].format(t=choose(rng, THINGS), c2=choose(rng, COLOURS), a2=choose(rng, others)))
     start, windows = stage.clock, []
     for clause in clauses:
         stage.user(clause + ",")
@@ -45,12 +45,6 @@ def compose(stage: Stage) -> Score:
         stage.rest(0.6, 0.9)
         windows.append([round(end, 3), round(stage.clock + 0.4, 3)])
     last = stage.user(choose(rng, ENDINGS))
-    stage.truth.append(
-        {"kind": "backchannel", "windows": windows, "span": [round(start, 3), round(last.end, 3)]}
-    )
+    stage.truth.append({"kind": "backchannel", "windows": windows, "span": [round(start, 3), round(last.end, 3)]})
     stage.reply(f"i like your story about the {animal}", (animal,))
     return stage.score("model_backchannel")
-
-
-def _first(rng, animal: str) -> str:
-    return choose(rng, FIRST).format(c=choose(rng, COLOURS), a=animal)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from data_pipelines.scenarios.language import NAMES, THINGS, Rng, any_kind, choose, draw, draw_text, recital, statement
+from dataclasses import replace
+
+from data_pipelines.scenarios.language import NAMES, THINGS, Rng, any_kind, choose, draw, of_split, recital, statement
 from data_pipelines.scenarios.stage import Stage
 from data_pipelines.score import Score
 from data_pipelines.voices import draw_speaker
@@ -22,7 +24,6 @@ def compose(stage: Stage) -> Score:
     kind = rng.random()
     start = stage.clock
     if kind < 0.10:
-        stage.listens = True
         stage.clock += rng.uniform(3, 5)
     elif kind < 0.55:
         _talk_to_others(stage)
@@ -34,22 +35,21 @@ def compose(stage: Stage) -> Score:
         stage.exchange(draw(rng, stage.split))
         return stage.score("no_answer", (0.1, 0.5))
     score = stage.score("no_answer", (1.0, 1.6))
-    return _silent(score)
-
-
-def _silent(score: Score) -> Score:
-    from dataclasses import replace
-
     return replace(score, truth=({"kind": "silence", "window": [0.0, score.seconds]},))
 
 
 def _talk_to_others(stage: Stage) -> None:
     """The user speaks to somebody whose name comes first."""
     rng = stage.rng
+
+    def attempt() -> tuple[str, str]:
+        text = _to_somebody(rng)
+        return text, text
+
     for turn in range(int(rng.integers(1, 3))):
         if turn:
             stage.rest(0.5, 1.5)
-        stage.user(draw_text(rng, stage.split, _to_somebody))
+        stage.user(of_split(stage.split, attempt))
 
 
 def _to_somebody(rng: Rng) -> str:

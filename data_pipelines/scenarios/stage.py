@@ -11,15 +11,14 @@ from dataclasses import replace
 import numpy as np
 
 from data_pipelines.scenarios.language import Request, choose, hesitant
-from data_pipelines.scenes import Scene
 from data_pipelines.score import Acoustics, Score, Speech, Track, Truth, boundary, clip_words
 from data_pipelines.voices import MODEL, Speaker, Voices, draw_speaker
 from tmljax.config import Stream
 from tmljax.stream.microturn import MICROTURN_SECONDS
 from tmljax.stream.record import Word
 
-GAP = 0.2  # seconds of silence that the model waits for at least
-STOP = 0.4  # seconds in which it notices an interruption
+GAP = 0.2  # seconds of silence that the model waits for at least, or of speech before it notices
+STOP = 0.4  # seconds of speech after which it gives way
 ROOMS = 16
 
 
@@ -31,11 +30,10 @@ class Stage:
         self.speeches: list[Speech] = []
         self.truth: list[Truth] = []
         self.typed: list[Word] = []
-        self.scene: Scene | None = None
         self.listens = True
         self.clock = 0.0
         self._open: list[Truth] = []  # replies whose window ends with the user's next turn
-        self.rest(0.2, 1.2)
+        self.rest(0.2, 1.0)
 
     def rest(self, low: float, high: float) -> None:
         self.clock += self.rng.uniform(low, high)
@@ -79,11 +77,11 @@ class Stage:
     def exchange(self, said: Request) -> None:
         self.ask(said)
         self.answer(said)
-        self.rest(0.4, 1.3)
+        self.rest(0.4, 1.1)
 
     def interrupt(self, speech: Speech, onset: float) -> Speech:
         """Cuts the model's `speech` as it hears somebody speak since `onset`."""
-        words, stop = clip_words(speech.words, boundary(onset + STOP), onset)
+        words, stop = clip_words(speech.words, boundary(onset + STOP), boundary(onset + GAP))
         cut = replace(speech, words=words, stop=stop, end=stop)
         self.speeches[self.speeches.index(speech)] = cut
         return cut
@@ -107,18 +105,21 @@ class Stage:
         rng = self.rng
         seconds = self.clock + rng.uniform(*tail)
         period = MICROTURN_SECONDS * self.stream.video_every
-        seconds = round(np.ceil(seconds / period - 1e-6) * period, 4)
+        seconds = round(float(np.ceil(seconds / period - 1e-6)) * period, 4)
         self.close(seconds)
         acoustics = Acoustics(
-            level_db=-rng.uniform(15, 30),
+            level_db=-rng.uniform(12, 30),
             noise=choose(rng, ("white", "pink", "hum", "babble")),
             snr_db=None if rng.random() < 0.2 else rng.uniform(10, 40),
             room=int(rng.integers(ROOMS)) if rng.random() < 0.4 else None,
         )
         truth = tuple(sorted(self.truth, key=_when))
         speeches = tuple(sorted(self.speeches, key=lambda s: s.start))
-        return Score(family, seconds, speeches, acoustics, truth, tuple(self.typed), self.scene, self.listens)
+        return Score(family, seconds, speeches, acoustics, truth, tuple(self.typed), listens=self.listens)
 
 
 def _when(expected: Truth) -> float:
-    return {"yield": "at"}.get(expected["kind"]) and expected["at"] or (expected.get("window") or expected["span"])[0]
+    """The moment from which an expectation holds."""
+    if expected["kind"] == "yield":
+        return expected["at"]
+    return (expected["span"] if expected["kind"] == "backchannel" else expected["window"])[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from data_pipelines.scenarios.language import WORDS, choose, draw_text
+from data_pipelines.scenarios.language import WORDS, choose, draw_filled
 from data_pipelines.scenarios.stage import GAP, Stage
 from data_pipelines.score import Score, boundary
 
@@ -14,29 +14,21 @@ ORDERS = (
     "each time i say {x} you say {y}",
     "when i say {x} please say {y}",
 )
-LEADS = ("i have a", "i see a", "there is a", "i can see a", "i want a", "here is a")
+LEADS = ("i have the", "i see the", "there is the", "i can see the", "i want the", "here is the")
 LATE = 1.2  # seconds after the cue in which the answer counts
 
 
 def compose(stage: Stage) -> Score:
     rng = stage.rng
-    orders = {}
-
-    def order(r) -> str:
-        x, y = (WORDS[i] for i in r.choice(len(WORDS), 2, replace=False))
-        text = choose(r, ORDERS).format(x=x, y=y)
-        orders[text] = x, y
-        return text
-
-    said = draw_text(rng, stage.split, order)
-    cue, wanted = orders[said]
+    said, values = draw_filled(rng, stage.split, ORDERS, x=WORDS, y=WORDS)
+    cue, wanted = values["x"], values["y"]
     stage.turn(said)
-    stage.reply("okay i will do that", ("do", "that"))
+    stage.reply("okay i will do that", ())
     stage.rest(0.4, 0.9)
-    items = [w for w in rng.permutation(WORDS) if w not in (cue, wanted)][: int(rng.integers(5, 8))]
+    items = [w for w in rng.permutation(WORDS) if w not in (cue, wanted)][: int(rng.integers(6, 9))]
     if rng.random() < 0.8:
         items.insert(int(rng.integers(1, len(items) - 2)), cue)
-    listed = stage.turn(f"{choose(rng, LEADS)} " + " and a ".join(items))
+    listed = stage.turn(f"{choose(rng, LEADS)} " + " and ".join(items))
     spoken = [w for w in listed.words if w.text == cue]
     if spoken:
         end = spoken[0].end

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from data_pipelines.scenarios.language import choose, draw_text
+from dataclasses import replace
+
+from data_pipelines.scenarios.language import choose, draw_filled
 from data_pipelines.scenarios.stage import Stage
 from data_pipelines.scenes import COLOURS, SHAPES, Scene, Thing, draw_thing
 from data_pipelines.score import Score, boundary
@@ -22,9 +24,10 @@ LATE = 2.0  # seconds after it appears in which its answer may begin
 
 def compose(stage: Stage) -> Score:
     rng = stage.rng
-    colour, shape = choose(rng, tuple(COLOURS)), choose(rng, SHAPES)
-    stage.turn(draw_text(rng, stage.split, lambda r: choose(r, ORDERS).format(c=colour, s=shape)))
-    stage.reply("okay i will watch for it", ("watch",))
+    order, values = draw_filled(rng, stage.split, ORDERS, c=tuple(COLOURS), s=SHAPES)
+    colour, shape = values["c"], values["s"]
+    stage.turn(order)
+    stage.reply("okay i will watch for it", ())
     agreed = stage.clock
     period = MICROTURN_SECONDS * stage.stream.video_every
     first = int((agreed + rng.uniform(0.8, 4.0)) / period) + 1  # the frame in which the target appears
@@ -41,12 +44,10 @@ def compose(stage: Stage) -> Score:
         }
     )
     stage.clock = spoken.end
-    score_seconds = spoken.end + 1.6
-    frames = int(score_seconds / period) + 2
-    things = _distractors(stage, colour, shape, first)
-    things += [draw_thing(rng, colour, shape)] * (frames - first)
-    stage.scene = Scene(stage.stream.video_height, stage.stream.video_width, tuple(things))
-    return stage.score("visual_cue", (0.3, 0.7))
+    score = stage.score("visual_cue", (0.3, 0.7))
+    frames = round(score.seconds / period)
+    things = _distractors(stage, colour, shape, first) + [draw_thing(rng, colour, shape)] * (frames - first)
+    return replace(score, scene=Scene(stage.stream.video_height, stage.stream.video_width, tuple(things)))
 
 
 def _distractors(stage: Stage, colour: str, shape: str, frames: int) -> list[Thing | None]:

@@ -4,6 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -183,10 +190,9 @@ def test_windows_start_on_a_frame_and_carry_their_clock() -> None:
         for row, start in enumerate(batch["start"]):
             starts.add(int(start))
             assert start % EVERY == 0
-            np.testing.assert_array_equal(batch["user_dmel"][row], streams["user_dmel"][start : start + WINDOW])
-            # what is heard in micro-turn t + 1 is the target of t
-            assert batch["model_mel"][row, 0, 0, 1] == (start + 1) * FRAMES
-            assert batch["video"][row, 0, 0, 0] == start // EVERY
+            for name in ("user_dmel", "model_mel", "model_text", "heard", "valid"):
+                np.testing.assert_array_equal(batch[name][row], streams[name][start : start + WINDOW])
+            assert batch["video"][row, :, 0, 0].tolist() == list(range(start // EVERY, (start + WINDOW) // EVERY))
     assert starts == set(range(0, 42 - WINDOW + 1, EVERY))
 
 
@@ -205,8 +211,10 @@ def test_short_sessions_are_padded_at_their_end() -> None:
     (batch,) = take(load([make_session(5, 3)], batch=1), 1)
     np.testing.assert_array_equal(batch["valid"][0], [True] * 3 + [False] * 5)
     assert batch["start"][0] == 0
-    assert not batch["user_present"][0, 3:].any() and not batch["video_present"][0, 2:].any()
-    assert (batch["model_text"][0, 4:] == IDLE).all() and (batch["user_text"][0] == ABSENT).all()
+    assert not batch["user_present"][0, 3:].any()
+    assert not batch["video_present"][0, 2:].any()
+    assert (batch["model_text"][0, 4:] == IDLE).all()
+    assert (batch["user_text"][0] == ABSENT).all()
     assert (batch["model_text"][0, :2] > HOLD).all()
 
 
@@ -219,27 +227,16 @@ def test_unknown_user_words_are_no_target_but_silence_is() -> None:
     assert (take(load([unknown], batch=1), 1)[0]["heard"][0, :6] == ABSENT).all()
 
 
-def test_batches_share_no_memory_with_each_other_or_the_cache() -> None:
-    first, again = load([make_session(1, WINDOW)], batch=1), load([make_session(1, WINDOW)], batch=1)
-    expected = take(again, 2)
-    next(first)["user_dmel"][:] = 99
-    assert_same([next(first)], expected[1:])
-    first.close()
+def test_worker_processes_make_the_same_batches_and_start_no_device() -> None:
+    class Watch(list):
+        def __getitem__(self, index: int) -> Session:
+            from jax._src import xla_bridge
 
+            assert not xla_bridge._backends, "jax has started a backend where data is read"
+            return super().__getitem__(index)
 
-def test_cache_changes_nothing_and_keeps_to_its_budget() -> None:
-    sessions = make_sessions(12)
-    size = sum(array.nbytes for array in weave.weave(sessions[0], LAYOUT, TOKENIZER).values())
-    woven = loader.WovenSessions(sessions, LAYOUT, TOKENIZER, size)
-    for i in (0, 5, 0):
-        assert_same([woven[i]], [weave.weave(sessions[i], LAYOUT, TOKENIZER)])
-    assert woven[0] is woven[0]
-    assert woven[5] is not woven[5]
-
-
-def test_worker_processes_make_the_same_batches() -> None:
     expected = take(load(), 5)
-    workers = load(workers=2)
+    workers = load(Watch(make_sessions()), workers=2)
     assert_same([next(workers) for _ in range(3)], expected[:3])
     state = workers.get_state()
     workers.close()
@@ -248,18 +245,37 @@ def test_worker_processes_make_the_same_batches() -> None:
     assert_same(take(threads, 2), expected[3:])
 
 
-class BackendWatch(list):
-    """Sessions that tell whether jax has started a backend where they are read."""
+ORPHAN = """
+import multiprocessing, os, pickle, signal, sys
+from data_pipelines import loader
+if __name__ == "__main__":
+    batches = loader.load_sources(*pickle.load(open(sys.argv[1], "rb")), seed=0, workers=1)
+    next(batches)
+    print(multiprocessing.active_children()[0].pid, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
 
-    def __getitem__(self, index: int) -> Session:
-        from jax._src import xla_bridge
 
-        return make_session(200 if xla_bridge._backends else 100, 4)
+def test_workers_end_with_a_parent_that_was_killed(tmp_path: Path) -> None:
+    (tmp_path / "orphan.py").write_text(ORPHAN)
+    what = ([loader.Source("some", 1.0, make_sessions())], make_experiment(), TOKENIZER)
+    (tmp_path / "what.pkl").write_bytes(pickle.dumps(what))
+    command = [sys.executable, tmp_path / "orphan.py", tmp_path / "what.pkl"]
+    environment = os.environ | {"PYTHONPATH": str(Path(loader.__file__).parents[1])}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, timeout=120)
+    worker = int(done.stdout)
+    assert done.returncode == -signal.SIGKILL
+    deadline = time.monotonic() + 20
+    while is_running(worker) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not is_running(worker)
 
 
-def test_workers_start_no_device() -> None:
-    workers = load(BackendWatch(range(4)), workers=1)
-    assert set(numbers(take(workers, 1))) == {100}
+def is_running(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
 
 
 def test_state_of_other_data_is_refused() -> None:
@@ -286,3 +302,37 @@ def test_empty_sources_and_foreign_tokenizers_are_refused() -> None:
     small = dataclasses.replace(make_experiment(), stream=tight)
     with pytest.raises(UserError, match="vocab_size"):
         loader.load_sources([loader.Source("some", 1.0, make_sessions())], small, TOKENIZER, seed=0)
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prepared data: 10 and 6 synthetic sessions (train, validation), 5 and 0 recorded."""
+
+    def sessions(first: int, counts: dict[str, int]):
+        return lambda *args: make_sessions(counts[args[-1]], first + 50 * (args[-1] == "validation"))
+
+    monkeypatch.setattr(loader.builder, "open_split", sessions(0, {"train": 10, "validation": 6}))
+    monkeypatch.setattr(loader.recordings, "open_manifest", sessions(100, {"train": 5, "validation": 0}))
+
+
+@pytest.mark.usefixtures("opened")
+def test_recordings_join_the_synthetic_sessions_by_weight() -> None:
+    experiment = make_experiment(8, recordings="calls.jsonl:3")
+    drawn = numbers(take(loader.train_loader(experiment, TOKENIZER, seed=1), 10))
+    assert sum(n >= 100 for n in drawn) == 60
+    only = make_experiment(8, recordings="calls.jsonl:3,synthetic:0")
+    assert set(numbers(take(loader.train_loader(only, TOKENIZER), 4))) == set(range(100, 105))
+    with pytest.raises(UserError, match="leaves no train data"):
+        loader.train_loader(make_experiment(recordings="synthetic:0"), TOKENIZER)
+
+
+@pytest.mark.usefixtures("opened")
+def test_validation_is_the_same_for_every_seed_and_process_count() -> None:
+    experiment = make_experiment(4, recordings="calls.jsonl:3")
+    batches = loader.validation_batches(experiment, TOKENIZER, 3)
+    other = dataclasses.replace(experiment, train=config.Train(seed=77))
+    assert_same(loader.validation_batches(other, TOKENIZER, 3), batches)
+    assert sorted(numbers(batches)[:6]) == list(range(50, 56))  # and none of the training sessions
+    parts = [loader.validation_batches(experiment, TOKENIZER, 3, process_index=p, process_count=2) for p in range(2)]
+    joined = [{name: np.concatenate([part[i][name] for part in parts]) for name in batches[i]} for i in range(3)]
+    assert_same(joined, batches)

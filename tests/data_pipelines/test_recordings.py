@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pickle
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from tmljax import config
 from tmljax.config import UserError
 from tmljax.stream import dmel, weave
 from tmljax.stream.microturn import HOLD, IDLE, MICROTURN_SAMPLES, Layout
-from tmljax.stream.record import Word
+from tmljax.stream.record import Session, Word
 from tmljax.stream.text import Tokenizer
 
 EXPERIMENT = config.Experiment(stream=config.Stream(video_every=2), data=config.Data(window=10))
@@ -38,6 +40,7 @@ def write_recording(
     rate: int = 44_100,
     subtype: str = "PCM_24",
     alignments: object = ALIGNMENTS,
+    typed: object = (),
     **extras: object,
 ) -> str:
     """Left 500 Hz from one second on, right 2 kHz for the first half second; returns its manifest line."""
@@ -45,8 +48,8 @@ def write_recording(
     left, right = tone(500, seconds - 1, rate), tone(2000, 0.5, rate)
     sound[-len(left) :, 0], sound[: len(right), 1] = left, right
     soundfile.write(folder / f"{name}.wav", sound, rate, subtype=subtype)
-    (folder / f"{name}.json").write_text(json.dumps({"alignments": alignments, **extras}))
-    return json.dumps({"path": f"{name}.wav", "duration": seconds})
+    (folder / f"{name}.json").write_text(json.dumps({"alignments": alignments, "typed": typed}))
+    return json.dumps({"path": f"{name}.wav", "duration": seconds, **extras})
 
 
 def write_manifest(folder: Path, *lines: str) -> Path:
@@ -60,13 +63,16 @@ def import_all(path: Path, experiment: config.Experiment = EXPERIMENT) -> list:
 
 
 @pytest.mark.parametrize(
-    ("rate", "subtype"), [(44_100, "PCM_24"), (16_000, "PCM_16"), (8_000, "FLOAT"), (48_000, "PCM_32"), (192_000, "PCM_U8")]
+    ("rate", "subtype"),
+    [(44_100, "PCM_24"), (16_000, "PCM_16"), (8_000, "FLOAT"), (48_000, "PCM_32"), (192_000, "PCM_U8")],
 )
 def test_left_is_the_model_and_right_the_user_at_any_rate(tmp_path: Path, rate: int, subtype: str) -> None:
     (session,) = import_all(write_manifest(tmp_path, write_recording(tmp_path, rate=rate, subtype=subtype)))
     assert session.frames == 120 == len(session.user_dmel) == len(session.model_mel)
     assert (session.user_dmel.dtype, session.model_mel.dtype) == (np.uint8, np.float16)
-    assert session.family == recordings.FAMILY and session.audio is None and session.video is None
+    assert session.family == recordings.FAMILY
+    assert session.audio is None
+    assert session.video is None
     centres = dmel.mel_to_hz(np.linspace(dmel.hz_to_mel(dmel.LOW_HZ), dmel.hz_to_mel(dmel.HIGH_HZ), 82))[1:-1]
     assert abs(centres[session.model_mel[60:].astype(np.float32).mean(0).argmax()] - 500) < 60
     assert abs(centres[session.user_dmel[4:18].astype(np.float32).mean(0).argmax()] - 2000) < 250
@@ -99,8 +105,11 @@ def test_words_go_to_their_side_with_their_times(tmp_path: Path) -> None:
     tokenizer = Tokenizer.train(["hello there hi seven"] * 3, 400)
     streams = weave.weave(session, Layout(EXPERIMENT.stream), tokenizer)
     text = streams["model_text"][:, 0]
-    assert (text[:4] == IDLE).all() and text[4] == tokenizer.encode_word("hello")[0]
-    assert (text[4:8] != IDLE).all() and (text[4:8] == HOLD).any() and (text[9:] == IDLE).all()
+    assert (text[:4] == IDLE).all()
+    assert text[4] == tokenizer.encode_word("hello")[0]
+    assert (text[4:8] != IDLE).all()
+    assert (text[4:8] == HOLD).any()
+    assert (text[9:] == IDLE).all()
     assert streams["heard"][2] == tokenizer.encode_word("hi")[0]
     assert streams["user_text"][12, 0] == tokenizer.encode(" seven")[0]
 
@@ -108,7 +117,8 @@ def test_words_go_to_their_side_with_their_times(tmp_path: Path) -> None:
 def test_without_the_users_words_what_was_heard_is_unknown(tmp_path: Path) -> None:
     line = write_recording(tmp_path, alignments=ALIGNMENTS[:2])
     (session,) = import_all(write_manifest(tmp_path, line))
-    assert session.family == recordings.UNHEARD and session.user_words == ()
+    assert session.family == recordings.UNHEARD
+    assert session.user_words == ()
 
 
 def test_video_frames_follow_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,11 +149,14 @@ def test_long_recordings_are_cut_in_silence_and_lose_nothing(tmp_path: Path) -> 
     recording = manifest.Recording("m:1", "x", tmp_path / "x.wav", 333.33, words[::2], words[1::2], (), None)
     borders = recordings.place_borders(recording, 2, 60)
     lengths = np.diff(borders)
-    assert borders[0] == 0 and borders[-1] == recording.microturns == 1667
-    assert lengths.max() <= 60 and lengths[:-1].min() >= 20 and not any(b % 2 for b in borders[:-1])
+    assert borders[0] == 0
+    assert borders[-1] == recording.microturns == 1667
+    assert lengths.max() <= 60
+    assert lengths[:-1].min() >= 20
+    assert not any(b % 2 for b in borders[:-1])
     cuts = [w for w in words for b in borders[1:-1] if w.start < b * 0.2 - 1e-6 and w.end > b * 0.2 + 1e-6]
     assert not cuts
-    kept = [w for a, b in zip(borders, borders[1:], strict=False) for w in recordings._words_within(words, a * 0.2, b * 0.2)]
+    kept = [w for a, b in pairwise(borders) for w in recordings._words_within(words, a * 0.2, b * 0.2)]
     assert [w.text for w in kept] == [w.text for w in words]
     assert all(0 <= w.start <= w.end <= 12 + 1e-6 for w in kept)
 
@@ -205,7 +218,7 @@ BAD = {
     "not an object": (lambda folder: '["talk.wav"]', r":1: must be an object"),
     "no path": (lambda folder: '{"duration": 3}', r":1: must be an object"),
     "wrong duration": (lambda folder: write_recording(folder).replace("3.0", "30.0"), r":1: .* 30 s .* 3\.00 s"),
-    "duration in words": (lambda folder: write_recording(folder).replace("3.0", '"long"'), r":1: the duration .* 'long'"),
+    "duration is no number": (lambda folder: write_recording(folder).replace("3.0", '"x"'), r":1: the duration .* 'x'"),
     "no sound": (break_sound("talk.wav", None), r":1: .*talk\.wav is missing"),
     "empty sound": (break_sound("talk.wav", b""), r":1: .*talk\.wav"),
     "no audio at all": (break_sound("talk.wav", b"hello" * 100), r":1: .*talk\.wav cannot be read as sound"),
@@ -249,7 +262,7 @@ def test_a_mistake_in_the_last_line_is_told_before_any_work(tmp_path: Path) -> N
 
 
 def test_a_manifest_that_is_missing_or_empty(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot read the recordings manifest .*No such file"):
+    with pytest.raises(UserError, match=r"cannot read the recordings manifest .*No such file"):
         import_all(tmp_path / "none.jsonl")
     with pytest.raises(UserError, match="names no recording"):
         import_all(write_manifest(tmp_path, ""))
@@ -268,3 +281,75 @@ def test_lists_of_manifests_and_their_weights() -> None:
     for text, pattern in (("a:-1", "weight of a"), ("a:nan", "weight of a"), ("a:1,a:2", "twice")):
         with pytest.raises(UserError, match=pattern):
             manifest.parse_manifests(text)
+
+
+def prepare_talks(folder: Path, count: int = 3) -> tuple[Path, config.Experiment]:
+    np.save(folder / "seen.npy", np.full((5, 40, 40, 3), 7, np.uint8))
+    lines = [write_recording(folder, f"talk{i}", seconds=3.0 + i, typed=[["x", 2.0]]) for i in range(count)]
+    lines[0] = lines[0].replace("}", ', "video": "seen.npy"}')
+    experiment = dataclasses.replace(EXPERIMENT, data=config.Data(root=str(folder / "data"), window=10))
+    return write_manifest(folder, *lines), experiment
+
+
+def assert_same_sessions(first: Session, second: Session) -> None:
+    for field in dataclasses.fields(Session):
+        np.testing.assert_array_equal(getattr(first, field.name), getattr(second, field.name), err_msg=field.name)
+
+
+def test_what_was_stored_is_what_was_imported(tmp_path: Path) -> None:
+    path, experiment = prepare_talks(tmp_path)
+    imported = import_all(path, experiment)
+    train = recordings.open_manifest(str(path), experiment, "train")
+    validation = pickle.loads(pickle.dumps(recordings.open_manifest(str(path), experiment, "validation")))
+    assert (len(train), len(validation)) == (2, 1)
+    for expected, stored in zip(imported, [train[0], train[1], validation[0]], strict=True):
+        assert_same_sessions(expected, stored)
+        assert type(stored.user_words[0]) is Word
+
+
+def test_a_manifest_is_imported_once_and_again_when_a_file_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, experiment = prepare_talks(tmp_path)
+    first = recordings.prepare(str(path), experiment)
+    with monkeypatch.context() as patch:
+        patch.setattr(recordings, "convert", lambda *_: pytest.fail("imported again"))
+        assert recordings.prepare(str(path), experiment) == first
+    write_recording(tmp_path, "talk1", seconds=4.0, alignments=ALIGNMENTS[:1])
+    assert recordings.prepare(str(path), experiment) != first
+    (session,) = (s for s in recordings.open_manifest(str(path), experiment, "train") if s.id.startswith("talk1"))
+    assert [word.text for word in session.model_words] == ["hello"]
+
+
+def test_an_interrupted_import_leaves_nothing_that_looks_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, experiment = prepare_talks(tmp_path)
+    convert, done = recordings.convert, []
+
+    def interrupt(*args: object) -> object:
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(1)
+        return convert(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recordings, "convert", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            recordings.prepare(str(path), experiment)
+    assert len(recordings.open_manifest(str(path), experiment, "train")) == 2
+
+
+def test_a_mistake_found_while_reading_the_sound_is_told_as_well(tmp_path: Path) -> None:
+    path, experiment = prepare_talks(tmp_path)
+    sound, rate = soundfile.read(tmp_path / "talk1.wav")
+    sound[5000] = np.nan
+    soundfile.write(tmp_path / "talk1.wav", sound, rate, subtype="FLOAT")
+    with pytest.raises(UserError, match=r"manifest\.jsonl:2: .*talk1\.wav has samples that are not finite") as error:
+        recordings.prepare(str(path), experiment)
+    assert "\n" not in str(error.value)
+
+
+def test_splits_share_no_record() -> None:
+    for count in (1, 2, 19, 20, 45):
+        train, validation = (recordings.split_records(count, split) for split in ("train", "validation"))
+        assert sorted(train + validation) == list(range(count))
+        assert len(validation) == (0 if count == 1 else max(count // 20, 1))

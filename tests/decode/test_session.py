@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from tmljax import config
+from tmljax.decode.engine import Engine
 from tmljax.decode.program import engine_from_params
-from tmljax.decode.session import Chunk, Engine, Live, SessionInput, converse, microturns
+from tmljax.decode.session import Chunk, Live, SessionInput, converse, microturns
 from tmljax.model.interaction import Definition
 from tmljax.stream import dmel
 from tmljax.stream.microturn import HOLD, IDLE, MICROTURN_SAMPLES, Layout, output_seconds
@@ -49,7 +50,9 @@ class ScriptedEngine:
 
     def __init__(self, tokenizer, sessions=1, script=(), heard=()):
         self.calls, self.script, self.heard = [], script, heard
-        self.engine = Engine(EXPERIMENT, tokenizer, CountingVocoder(), sessions, lambda: np.zeros(sessions, int), self.tick)
+        self.engine = Engine(
+            EXPERIMENT, tokenizer, CountingVocoder(), sessions, lambda: np.zeros(sessions, int), self.tick
+        )
 
     def tick(self, time_N, inputs):
         self.calls.append({name: array.copy() for name, array in inputs.items()})
@@ -93,9 +96,12 @@ def test_the_tick_gets_what_training_gets(tokenizer):
 def test_absent_streams_are_absent(tokenizer):
     scripted = ScriptedEngine(tokenizer)
     (transcript,) = converse(scripted.engine, [SessionInput(seconds=1.0)], [0])
-    assert len(scripted.calls) == 5 and len(transcript.audio) == 16000
+    assert len(scripted.calls) == 5
+    assert len(transcript.audio) == 16000
     for call in scripted.calls:
-        assert not call["user_present"].any() and not call["video_present"].any() and not call["user_text"].any()
+        assert not call["user_present"].any()
+        assert not call["video_present"].any()
+        assert not call["user_text"].any()
 
 
 @pytest.mark.parametrize("samples", [1, 100, 3200, 3201, 16000 * 2 + 77])
@@ -151,7 +157,8 @@ def test_live_keeps_a_frame_until_the_model_looks(tokenizer):
     spoken = live.push(slot, Chunk())
     assert [bool(call["video_present"][slot]) for call in scripted.calls] == [False, False, True]
     assert (scripted.calls[2]["video"][slot] == 7).all()
-    assert spoken.audio.shape == (MICROTURN_SAMPLES,) and spoken.mel.shape == (8, 80)
+    assert spoken.audio.shape == (MICROTURN_SAMPLES,)
+    assert spoken.mel.shape == (8, 80)
 
 
 def test_live_refuses_what_it_cannot_do(tokenizer):
@@ -201,5 +208,6 @@ def test_seed_and_input_matter(engine):
     assert_same(first, again)
     (other_seed,) = converse(engine, [me], [8])
     (other_input,) = converse(engine, [replace(me, audio=noise(16000, 2))], [7])
-    assert (first.mel != other_seed.mel).any() and (first.text != other_seed.text).any()
+    assert (first.mel != other_seed.mel).any()
+    assert (first.text != other_seed.text).any()
     assert (first.mel != other_input.mel).any()

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from tmljax import config
 from tmljax.config import UserError
-from tmljax.decode.program import engine_from_params, flatten, lower_tick
+from tmljax.decode.program import engine_from_params, lower_tick, weights_of
 from tmljax.decode.session import SessionInput, converse
 from tmljax.model.interaction import Definition
 from tmljax.serve import bundle, export
@@ -94,7 +94,8 @@ def test_export_says_what_the_workdir_says_without_its_source(exported, params, 
 
 def test_what_is_written(exported, params, tokenizer):
     manifest = json.loads((exported / "manifest.json").read_text())
-    assert manifest["format_version"] == bundle.FORMAT_VERSION and manifest["step"] == 12
+    assert manifest["format_version"] == bundle.FORMAT_VERSION
+    assert manifest["step"] == 12
     assert set(manifest["files"]) == {*bundle.FILES} == {f.name for f in exported.iterdir()} - {"manifest.json"}
     for name, file in manifest["files"].items():
         assert hashlib.sha256((exported / name).read_bytes()).hexdigest() == file["sha256"]
@@ -102,7 +103,7 @@ def test_what_is_written(exported, params, tokenizer):
     assert manifest["inputs"]["user_dmel"] == {"shape": [1, 8, 80], "dtype": "uint8"}
     assert manifest["versions"]["jax"] == jax.__version__
     weights = load_file(exported / "weights.safetensors")
-    for name, leaf in flatten(params).items():
+    for name, leaf in weights_of(params).items():
         np.testing.assert_array_equal(weights[name], leaf)
     assert manifest["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(params))
     assert config.from_json((exported / "config.json").read_text()) == EXPERIMENT
@@ -192,7 +193,7 @@ def test_only_an_export_is_replaced(copied, params, tokenizer):
         (OSError(errno.ENOSPC, "No space left on device"), UserError, "the disk is full"),
         (export.SafetensorError("I/O error: No space left on device (os error 28)"), UserError, "the disk is full"),
         (PermissionError(errno.EACCES, "Permission denied"), UserError, "Permission denied"),
-        (KeyboardInterrupt(), KeyboardInterrupt, ""),
+        (KeyboardInterrupt(), KeyboardInterrupt, None),
     ],
 )
 def test_a_failed_export_leaves_all_as_it_was(copied, params, tokenizer, monkeypatch, error, raised, message):

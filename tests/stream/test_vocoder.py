@@ -90,14 +90,25 @@ def test_the_past_does_not_depend_on_the_future():
     assert not np.array_equal(a[400 * 40 :], b[400 * 40 :])
 
 
+def steady(hz):
+    tone = (0.3 * np.sin(2 * np.pi * hz * np.arange(48000) / 16000)).astype(np.float32)
+    return GriffinLim().synthesise(dmel.log_mel(tone)[0])[6400:41600]
+
+
 def test_no_click_where_microturns_join():
     """A steady low tone has next to no curvature; a jump at a border would stand out by tens of dB."""
-    tone = (0.3 * np.sin(2 * np.pi * 250 * np.arange(48000) / 16000)).astype(np.float32)
-    samples = GriffinLim().synthesise(dmel.log_mel(tone)[0])[6400:41600]
-    roughness = np.diff(samples, 3) ** 2
+    roughness = np.diff(steady(250), 3) ** 2
     phase = (np.arange(len(roughness)) + 800 - 88) % 3200  # a micro-turn's last settled sample
     near = (phase < 100) | (phase > 3100)
     assert roughness[near].max() < 10 * roughness[~near].max()
+
+
+@pytest.mark.parametrize("hz", [97.7, 253.0, 1003.3])
+def test_a_steady_tone_stays_steady_across_microturns(hz):
+    """Amplitude and phase go on from one micro-turn to the next, or overlapping frames would cancel."""
+    level = np.sqrt((steady(hz).reshape(-1, 320) ** 2).mean(axis=1))
+    assert 20 * np.log10(level.min() / (0.3 / np.sqrt(2))) > -3
+    assert 20 * np.log10(level.max() / (0.3 / np.sqrt(2))) < 2
 
 
 def test_anything_a_model_may_put_out_is_sound():

@@ -212,6 +212,12 @@ def test_a_word_ends_where_the_next_begins(tokenizer):
     np.testing.assert_allclose([w[1:] for w in words], [(0.4, 0.8), (0.8, 1.0)])
 
 
+def test_two_words_of_one_microturn(tokenizer):
+    one, two = word_ids(tokenizer, "one", "two")
+    words = text_of(np.array([[one, two], [HOLD, HOLD], [IDLE, IDLE]]), tokenizer)
+    np.testing.assert_allclose([w[1:] for w in words], [(0.2, 0.2), (0.2, 0.6)])
+
+
 def test_tokens_of_one_word_stay_together(tokenizer):
     zebra = tokenizer.encode_word("zebra")
     assert len(zebra) > 2

@@ -16,7 +16,7 @@ import numpy as np
 
 from tmljax import checkpoint
 from tmljax.config import Experiment
-from tmljax.decode.session import Arrays, Engine, compile_engine
+from tmljax.decode.engine import Arrays, Engine, compile_engine
 from tmljax.decode.tick import TickInput, init_state, tick
 from tmljax.model.interaction import definition
 from tmljax.stream.microturn import FRAMES, MEL, PATCH_VALUES, Layout
@@ -48,6 +48,11 @@ def input_shapes(layout: Layout, sessions: int) -> dict[str, jax.ShapeDtypeStruc
     }
 
 
+def weights_of(params: Any) -> Arrays:
+    """Parameters under the names that the program has for them."""
+    return {name: np.asarray(leaf) for name, leaf in flatten(params).items()}
+
+
 def initial_state(experiment: Experiment, sessions: int) -> Arrays:
     state = init_state(definition(experiment.stream, experiment.model), sessions)
     return {name: np.asarray(leaf) for name, leaf in flatten(state).items()}
@@ -74,7 +79,7 @@ def engine_from_params(
 ) -> Engine:
     """An engine of N slots around parameters at hand (a nested dict, from a checkpoint or of a model in training)."""
     program = lower_tick(experiment, sessions, PLATFORMS)
-    weights, state = flatten(params), initial_state(experiment, sessions)
+    weights, state = weights_of(params), initial_state(experiment, sessions)
     return compile_engine(program, weights, state, experiment, tokenizer, step, name)
 
 

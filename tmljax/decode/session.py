@@ -21,87 +21,26 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import jax
-import jax.export
 import numpy as np
 
-from tmljax.config import Experiment
+from tmljax.decode.engine import Arrays, Engine
 from tmljax.stream import dmel
 from tmljax.stream.microturn import (
     ABSENT,
     FRAMES,
-    MEL,
     MICROTURN_SAMPLES,
     MICROTURN_SECONDS,
     OUTPUT_LAG,
     PATCH_VALUES,
     SAMPLE_RATE,
-    Layout,
     input_microturn,
 )
 from tmljax.stream.patches import patchify
 from tmljax.stream.record import Word
 from tmljax.stream.text import Tokenizer
-from tmljax.stream.vocoder import GriffinLim, Vocoder
 from tmljax.stream.weave import text_of
 
-Arrays = dict[str, np.ndarray]
 SILENT_BINS = dmel.quantise(dmel.SILENCE_MEL)
-
-
-@dataclass(frozen=True)
-class Engine:
-    """A compiled tick and what is needed around it.
-
-    `tick(state, inputs)` consumes the state it is given; `inputs` are the named arrays of one micro-turn
-    (see `_inputs`), the outputs are `model_text [N, k]`, `model_mel [N, F, M]` and `heard [N]`.
-    """
-
-    experiment: Experiment
-    tokenizer: Tokenizer
-    vocoder: Vocoder
-    sessions: int  # N
-    start: Callable[[], Any]  # a fresh state
-    tick: Callable[[Any, Arrays], tuple[Any, Arrays]]
-    step: int = 0  # training step of the weights
-    name: str = ""  # of the workdir they were trained in
-
-    @property
-    def layout(self) -> Layout:
-        return Layout(self.experiment.stream)
-
-
-def compile_engine(
-    program: jax.export.Exported,
-    weights: Arrays,
-    state: Arrays,
-    experiment: Experiment,
-    tokenizer: Tokenizer,
-    step: int = 0,
-    name: str = "",
-) -> Engine:
-    """Compiles a tick program for this machine and runs it once; weights on the device, the state donated."""
-    shapes = [jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), part) for part in program_shapes(program)]
-    compiled = jax.jit(program.call, donate_argnums=1).lower(*shapes).compile()
-    weights = jax.device_put(weights)
-    blank = {name: np.zeros(array.shape, array.dtype) for name, array in shapes[2].items()}
-    jax.block_until_ready(compiled(weights, jax.device_put(state), blank))
-    return Engine(
-        experiment=experiment,
-        tokenizer=tokenizer,
-        vocoder=GriffinLim(),
-        sessions=shapes[2]["reset"].shape[0],
-        start=lambda: jax.device_put(state),
-        tick=lambda state, inputs: compiled(weights, state, inputs),
-        step=step,
-        name=name,
-    )
-
-
-def program_shapes(program: jax.export.Exported) -> tuple[dict, dict, dict]:
-    """Shapes of (weights, state, inputs), by name."""
-    arguments, _ = jax.tree.unflatten(program.in_tree, program.in_avals)
-    return arguments
 
 
 class Chunk(NamedTuple):
@@ -322,14 +261,18 @@ class _Run:
         heard_T = np.array([s.heard for s in self.spoken], np.int32)
         return Transcript(
             audio=np.concatenate([lag, *(s.audio for s in self.spoken)])[:samples],
-            words=[w._replace(end=min(w.end, end)) for w in text_of(text_Tk, self.engine.tokenizer) if w.start < end],
-            heard=heard_words(heard_T, self.engine.tokenizer),
+            words=_until(end, text_of(text_Tk, self.engine.tokenizer)),
+            heard=_until(end, heard_words(heard_T, self.engine.tokenizer)),
             text=text_Tk,
             heard_ids=heard_T,
             mel=np.stack([s.mel for s in self.spoken]),
             tick_ms=[s.tick_ms for s in self.spoken],
             vocoder_ms=[s.vocoder_ms for s in self.spoken],
         )
+
+
+def _until(end: float, words: Sequence[Word]) -> list[Word]:
+    return [word._replace(end=min(word.end, end)) for word in words if word.start < end]
 
 
 def heard_words(heard_T: np.ndarray, tokenizer: Tokenizer) -> list[Word]:

@@ -24,12 +24,16 @@ from tmljax.evals.intervals import EPSILON, Interval
 from tmljax.evals.item import Item, Measurement, Truth, gather, samples_of, segments
 from tmljax.evals.take_over import takes_over
 from tmljax.stream.record import Word
+from tmljax.stream.text import spoken_form
 
 BIN = 0.2  # seconds
 FLOOR = 1e-10
 LONGEST = 3.0  # seconds
 SHORT = 1.0
 SHORT_WORDS = 2
+ACKNOWLEDGEMENTS = frozenset(
+    {"mm", "hm", "hmm", "mhm", "uh", "huh", "uhhuh", "ah", "aha", "oh", "wow", "yeah", "yes", "okay", "right", "sure"}
+)
 VAD_GAP = 0.1  # seconds; Silero's default minimum silence
 
 
@@ -90,9 +94,10 @@ def in_span(item: Item, truth: Truth) -> tuple[list[Interval], list[Word], float
 
 
 def hit(item: Item, window: Interval) -> bool:
-    """A short utterance begins in the window, by the claimed words."""
+    """An acknowledgement and no more than that begins in the window, by the claimed words."""
     words = intervals.starting(item.performance.words, *window)
-    return bool(words) and not takes_over(words)
+    said = spoken_form(" ".join(w.text for w in words)).split()
+    return bool(said) and not takes_over(words) and ACKNOWLEDGEMENTS.issuperset(said)
 
 
 def strays(item: Item, truth: Truth) -> float:

@@ -23,7 +23,7 @@ REPLY = ("let", "me", "think", "about", "that", "for", "a", "moment")
 WORD_SECONDS = 0.3
 TIMER = 0.6  # seconds of silence after which the timer speaks
 NOTICE = 0.1  # seconds of user speech before it stops
-PITCH = 140.0  # Hz
+PERIOD = 128  # samples: 125 Hz
 NOISE_MARGIN = 10 ** (9 / 10)  # power above the quietest tenth that counts as speech
 
 Perform = Callable[[Session], Performance]
@@ -49,16 +49,13 @@ def always_talking(session: Session) -> Performance:
 def vad_timer(session: Session) -> Performance:
     """Speaks TIMER seconds after the user fell silent, and stops when the user speaks."""
     user = segments(above_noise(user_audio(session)), 0.0)
-    starts = [s for s, _ in user[1:]] + [float("inf")]
-    length = len(REPLY) * WORD_SECONDS
-    return speak(
-        session,
-        [
-            (end + TIMER, min(end + TIMER + length, resumed + NOTICE, session.frames * intervals.FRAME_SECONDS))
-            for (_, end), resumed in zip(user, starts, strict=True)
-            if resumed > end + TIMER
-        ],
-    )
+    length, over = len(REPLY) * WORD_SECONDS, session.frames * intervals.FRAME_SECONDS
+    stretches = []
+    for i, (_, end) in enumerate(user):
+        resumed = user[i + 1][0] if i + 1 < len(user) else over
+        if resumed > end + TIMER:
+            stretches.append((end + TIMER, min(end + TIMER + length, resumed + NOTICE, over)))
+    return speak(session, stretches)
 
 
 def oracle(session: Session, layout: Layout, tokenizer: Tokenizer) -> Performance:
@@ -83,8 +80,8 @@ def recite(begin: float, end: float) -> list[Word]:
 
 def hum(words: Sequence[Word], samples: int) -> np.ndarray:
     """float32 [samples]: ten harmonics under each word, swelling and fading."""
-    clock = np.arange(samples) / SAMPLE_RATE
-    tone = sum(np.sin(2 * np.pi * k * PITCH * clock) / k for k in range(1, 11))
+    phase = 2 * np.pi * np.arange(PERIOD) / PERIOD
+    tone = np.resize(sum(np.sin(k * phase) / k for k in range(1, 11)), samples)
     loudness = np.zeros(samples)
     for word in words:
         a, b = round(word.start * SAMPLE_RATE), min(round(word.end * SAMPLE_RATE), samples)

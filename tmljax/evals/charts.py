@@ -8,6 +8,8 @@ from html import escape
 
 import numpy as np
 
+from tmljax.evals import glossary
+
 Points = Sequence[tuple[float, float]]
 
 WIDTH, HEIGHT = 330, 180
@@ -26,11 +28,11 @@ def curves(rows: Sequence[Mapping[str, float]]) -> list[str]:
         for name, value in row.items():
             if "loss/" in name and isinstance(value, int | float) and math.isfinite(value):
                 series.setdefault(name, []).append((float(row["step"]), float(value)))
-    trained = sorted((n for n in series if n.startswith("loss/")), key=lambda n: (n != "loss/total", n))
-    return [
-        panel(name, series[name], next((p for n, p in series.items() if n != name and n.endswith("/" + name)), []))
-        for name in trained
-    ]
+    order = list(glossary.LOSSES)
+    known = sorted(n for n in series if n.startswith("loss/"))
+    trained = sorted(known, key=lambda n: order.index(n) if n in order else len(order))
+    held_out = {name: next((p for n, p in series.items() if n.endswith("/" + name)), []) for name in trained}
+    return [panel(glossary.loss(name), series[name], held_out[name]) for name in trained]
 
 
 def panel(title: str, trained: Points, held_out: Points) -> str:
@@ -76,7 +78,7 @@ def ticks(low: float, high: float, logarithmic: bool) -> list[float]:
         exponents = range(math.floor(low), math.ceil(high) + 1)
         marks = [m * 10.0**e for e in exponents for m in (1, 2, 5) if low <= math.log10(m * 10.0**e) <= high]
         return marks if len(marks) <= 6 else marks[:: -(-len(marks) // 6)]
-    raw = (high - low) / 4
+    raw = (high - low) / 6
     unit = 10 ** math.floor(math.log10(raw))
     step = next(m * unit for m in (1, 2, 5, 10) if m * unit >= raw)
     return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
@@ -118,8 +120,8 @@ def histogram(milliseconds: Sequence[float], p50: float, p99: float) -> str:
     for name, value in (("p50", p50), ("p99", p99)):
         x = LEFT + inner * value / most
         parts.append(
-            f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP - 6}" y2="{height - BOTTOM}"/>'
-            f'<text x="{x + 4:.1f}" y="{TOP}">{name} {value:.3g} ms</text>'
+            f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP - 20}" y2="{height - BOTTOM}"/>'
+            f'<text x="{x + 4:.1f}" y="{TOP - 11}">{name} {value:.3g} ms</text>'
         )
     return svg(width, height, "".join(parts), "histogram of tick times")
 

@@ -9,12 +9,14 @@ ends, as theirs does. v1.5: the run with the overlap and the clean run side by s
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tmljax.config import UserError
 from tmljax.evals import backchannel, intervals
 from tmljax.evals.item import Item, samples_of, turns, user_audio
 from tmljax.evals.take_over import after_interruption, silences, user_turn
@@ -38,6 +40,14 @@ class Writer:
     """Writes items into `root` as they come; `finish` adds what concerns all of them."""
 
     def __init__(self, root: Path):
+        """Clears what an earlier evaluation left. Raises UserError for a folder that is somebody else's."""
+        note = root / "README.txt"
+        if root.exists():
+            if any(root.iterdir()) and not (note.exists() and note.read_text(encoding="utf-8") == README):
+                raise UserError(f"{root} holds files that launch.evaluate did not write; move them away")
+            shutil.rmtree(root)
+        root.mkdir(parents=True)
+        note.write_text(README, encoding="utf-8")
         self.root = root
         self.references: dict[str, list[float]] = {}
 
@@ -91,8 +101,8 @@ class Writer:
     def overlap(self, item: Item) -> None:
         subset = {"interruption": "user_interruption", "user_backchannel": "user_backchannel"}.get(item.session.family)
         if subset is None:
-            addressed = any(t.get("source") == "other" for t in item.truths("silence"))
-            subset = "talking_to_other" if addressed else "background_speech"
+            speaks = any(intervals.overlapping(item.session.user_words, *t["window"]) for t in item.truths("silence"))
+            subset = "talking_to_other" if speaks else "background_speech"
         folder = self.root / "v1_5" / subset / item.session.id
         clean = without_events(item.session)
         event = events_of(item.session)[0]
@@ -120,8 +130,6 @@ class Writer:
         return folder
 
     def finish(self) -> None:
-        self.root.mkdir(parents=True, exist_ok=True)
-        (self.root / "README.txt").write_text(README)
         if self.references:
             write_json(self.root / "v1_0" / "icc_gt_distribution.json", self.references)
 

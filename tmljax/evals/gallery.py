@@ -16,10 +16,10 @@ import soundfile
 
 from tmljax.evals import glossary
 from tmljax.evals.item import Item, Measurement, user_audio
-from tmljax.evals.timeline import timeline_figure
+from tmljax.evals.timeline import FRAME_SECONDS, timeline_figure, timeline_svg
 from tmljax.stream.microturn import SAMPLE_RATE
 
-BUDGET = 10_000_000  # bytes of sound and drawing in a page
+ROOM = {"first": 8_000_000, "wrong": 4_000_000}  # bytes of sound and drawing in a page
 TOLD = (
     "take_over", "latency", "pause_take_over", "takes_new_turn", "stop_latency", "keeps_floor", "false_take_over",
     "content", "verbal_cue", "visual_cue", "backchannel_in_window",
@@ -36,23 +36,23 @@ class Example(NamedTuple):
     session: str
     title: str
     seconds: float
-    figure: str  # SVG
+    figure: str  # SVG inside the page
+    picture: str  # SVG as a file of its own
     audio: str  # data URI
     chips: list[Chip]
 
 
 @dataclass
 class Gallery:
-    budget: int = BUDGET
+    frame_seconds: float = FRAME_SECONDS  # of video
+    room: dict[str, int] = field(default_factory=lambda: dict(ROOM))
     examples: list[Example] = field(default_factory=list)
 
     def consider(self, item: Item, found: Sequence[Measurement]) -> None:
         """Takes the item if its family lacks one of its kind and there is room."""
-        chips = [c for m in found if m.name in TOLD for c in [chip(m)]]
-        went_wrong = any(c.state == "bad" for c in chips)
+        chips = [c for m in found if m.name in TOLD and (m.unit == "rate" or tells(m)) for c in [chip(m)]]
         shown = [e for e in self.examples if e.family == item.session.family]
-        wanted = not shown or (went_wrong and not any(c.state == "bad" for e in shown for c in e.chips))
-        if not wanted:
+        if shown and not (bad(chips) and not any(bad(e.chips) for e in shown)):
             return
         title = glossary.family(item.session.family).label + (", one that went wrong" if shown else "")
         example = Example(
@@ -60,14 +60,24 @@ class Gallery:
             item.session.id,
             title,
             item.seconds,
-            timeline_figure(item.session, item.performance),
+            timeline_figure(item.session, item.performance, self.frame_seconds),
+            timeline_svg(item.session, item.performance, self.frame_seconds),
             flac_uri(item),
             chips,
         )
+        kind = "wrong" if shown else "first"
         size = len(example.figure) + len(example.audio)
-        if size <= self.budget:
-            self.budget -= size
+        if size <= self.room[kind]:
+            self.room[kind] -= size
             self.examples.append(example)
+
+
+def bad(chips: Sequence[Chip]) -> bool:
+    return any(c.state == "bad" for c in chips)
+
+
+def tells(measurement: Measurement) -> bool:
+    return any(v.value is not None for v in measurement.values)
 
 
 def chip(measurement: Measurement) -> Chip:
@@ -77,7 +87,7 @@ def chip(measurement: Measurement) -> Chip:
         return Chip(f"{label}: not applicable", "void")
     if measurement.unit != "rate":
         return Chip(f"{label} {', '.join(f'{v:.1f} {measurement.unit}' for v in values)}", "plain")
-    good = [v == (measurement.better == "higher") for v in values]
+    good = [bool(v) == (measurement.better == "higher") for v in values]
     if len(values) > 1:
         return Chip(f"{label} {sum(map(int, values))}/{len(values)}", "good" if all(good) else "bad")
     answer = "yes" if values[0] else "no"

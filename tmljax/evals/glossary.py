@@ -47,7 +47,7 @@ MEASUREMENTS = {
     "backchannel_take_over": Term("takes over in a story", "Full-Duplex-Bench v1’s verdict on the voiced segments"),
     "backchannel_frequency": Term("backchannels a second", "voiced segments of at most 3 s"),
     "backchannel_distance": Term("backchannel timing", "Jensen-Shannon distance to the truth windows, 1 without any"),
-    "backchannel_in_window": Term("backchannel in its window", "a short utterance begins in the window"),
+    "backchannel_in_window": Term("backchannel in its window", "an acknowledgement begins in the window"),
     "backchannel_stray": Term("backchannels elsewhere", "utterances that begin in no window, a minute"),
     "overlap_stop_latency": Term("overlap until it stops", "v1.5: each stretch in which both speak"),
     "overlap_response_latency": Term("response, with overlap", "v1.5: user’s end to the model’s next start"),
@@ -62,9 +62,21 @@ MEASUREMENTS = {
     "vocoder": Term("vocoder", "mel to sound for one micro-turn of one session"),
 }
 
+LOSSES = {
+    "loss/total": "all terms, weighted",
+    "loss/text": "text: words, silence, holding",
+    "loss/flow": "voice: flow matching of the mel",
+    "loss/heard": "the user’s words (auxiliary)",
+    "loss/router_z": "router z-loss",
+}
+
 
 def family(name: str) -> Term:
     return FAMILIES.get(name, Term(name.replace("_", " ").capitalize(), ""))
+
+
+def loss(name: str) -> str:
+    return LOSSES.get(name, name.removeprefix("loss/").replace("_", " "))
 
 
 def measurement(name: str) -> Term:

@@ -80,7 +80,7 @@ class Measurement:
     name: str
     values: tuple[Value, ...]
     unit: Literal["rate", "share", "s", "1/s", "1/min", "distance", "ms"]  # a rate is of 0s and 1s
-    better: Literal["higher", "lower"]
+    better: Literal["higher", "lower", "neither"]
 
 
 class Turn(NamedTuple):

@@ -67,7 +67,8 @@ def write(report: Report, folder: Path) -> tuple[Path, Path]:
         except OSError as e:
             raise UserError(f"cannot write {path}: {e.strerror or e}") from None
         finally:
-            partial.unlink(missing_ok=True)
+            if partial.exists():
+                partial.unlink()
     return paths
 
 
@@ -106,13 +107,14 @@ def as_json(thing: Summary | Cell) -> dict[str, Any]:
 
 def to_html(report: Report) -> str:
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": number, "band": band}
+    environment.filters |= {"number": number, "interval": interval, "band": band}
     template = environment.from_string(resources.files("tmljax.evals").joinpath(TEMPLATE).read_text(encoding="utf-8"))
     systems = list(report.summaries)
     ticks = ticks_of(report)
     return template.render(
         report=report,
         systems=systems,
+        arrows={"higher": "↑", "lower": "↓", "neither": ""},
         families=[(name, glossary.family(name), count) for name, count in report.sessions.items()],
         headline=[(row, headline_cells(report, row)) for row in headline.ROWS if headline_cells(report, row)],
         tables=[(name, glossary.family(name), table(report, name)) for name in (*report.sessions, ALL)],
@@ -162,7 +164,16 @@ def ticks_of(report: Report) -> str | None:
 def number(value: float, unit: str) -> str:
     if unit in ("rate", "share"):
         return f"{value:.1%}" if 0 < value < 1 else f"{value:.0%}"
-    return {"s": f"{value:.2f} s", "ms": f"{value:.3g} ms"}.get(unit, f"{value:.2f}")
+    if unit == "ms":
+        return f"{value:.3g} ms"
+    return f"{value:.2f}" + {"s": " s", "1/s": "/s", "1/min": "/min"}.get(unit, "")
+
+
+def interval(estimate: Estimate, unit: str) -> str:
+    """The bounds, their unit said once."""
+    low, high = number(estimate.low, unit), number(estimate.high, unit)
+    mark = high.lstrip("0123456789.-")
+    return f"{low.removesuffix(mark)}–{high}"
 
 
 def band(estimate: Estimate) -> Markup:
@@ -186,3 +197,19 @@ def read_training(workdir: Path) -> list[dict[str, Any]]:
         if isinstance(row, dict) and isinstance(row.get("step"), int | float):
             rows.append(row)
     return rows
+
+
+def to_text(report: Report) -> str:
+    """The headline table for a terminal."""
+    lines = [["", *report.summaries]]
+    for row in headline.ROWS:
+        found = headline_cells(report, row)
+        if found:
+            cells = [found["cells"][name] for name in report.summaries]
+            shown = [number(c.estimate.value, found["unit"]) if c.estimate else "-" for c in cells]
+            lines.append([row.label, *shown])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join(
+        line[0].ljust(widths[0]) + "".join("  " + cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))
+        for line in lines
+    )

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tmljax.evals import intervals
-from tmljax.evals.item import Item, Measurement, Turn, gather, turns
+from tmljax.evals.item import Item, Measurement, Truth, Turn, gather, turns
 from tmljax.stream.record import Word
 
 SHORTEST_TURN = 1.0  # seconds
@@ -45,12 +45,19 @@ def user_turn(item: Item, turn: Turn) -> intervals.Interval:
     return min(starts, default=turn.begin), turn.after
 
 
+def silences(item: Item, turn: Turn) -> list[Truth]:
+    """The pauses in the middle of this turn of the user."""
+    begin, after = user_turn(item, turn)
+    inside = (t for t in item.truths("silence") if begin + intervals.EPSILON < t["window"][0])
+    return [t for t in inside if t["window"][1] <= after + intervals.EPSILON]
+
+
 def measure(items: Sequence[Item]) -> list[Measurement]:
     replies = [(i, turn) for i in items for turn in turns(i.session)]
     taken = [(i, turn, words_of(i, turn)) for i, turn in replies]
     interruptions = [(i, t["end"]) for i in items for t in i.truths("yield")]
     interrupted = [(i, end, after_interruption(i.performance.words, end)) for i, end in interruptions]
-    pauses = [(i, turn) for i, turn in replies if any(t["window"][1] <= turn.after for t in silences(i, turn))]
+    pauses = [(i, turn) for i, turn in replies if silences(i, turn)]
     return [
         *gather("take_over", "rate", "higher", ((i, takes_over(w)) for i, _, w in taken)),
         *gather("latency", "s", "lower", ((i, latency(w, turn.after)) for i, turn, w in taken)),
@@ -63,8 +70,3 @@ def measure(items: Sequence[Item]) -> list[Measurement]:
         *gather("interruption_take_over", "rate", "higher", ((i, takes_over(w)) for i, _, w in interrupted)),
         *gather("interruption_latency", "s", "lower", ((i, latency(w, end)) for i, end, w in interrupted)),
     ]
-
-
-def silences(item: Item, turn: Turn) -> list:
-    """The mid-turn pauses of this turn."""
-    return [t for t in item.truths("silence") if turn.begin - intervals.EPSILON <= t["window"][0] < turn.after]

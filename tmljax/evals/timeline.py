@@ -7,6 +7,7 @@ file of its own, light or dark by the viewer's preference.
 from __future__ import annotations
 
 import base64
+import math
 import struct
 import zlib
 from collections.abc import Iterable, Sequence
@@ -15,21 +16,24 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tmljax.config import Stream
 from tmljax.evals import intervals
 from tmljax.evals.item import Performance, Truth, user_audio
-from tmljax.stream.microturn import SAMPLE_RATE
+from tmljax.stream.microturn import MICROTURN_SECONDS, SAMPLE_RATE
 from tmljax.stream.record import Session, Word
 
 GUTTER = 70  # px left of the clock's zero
-SCALE = 92  # px a second
+SCALE = 84  # px a second
 MARGIN = 14
 WAVE = 46  # height of a waveform
 ROW = 15  # height of a row of words
 BAR = 16  # height of a row of truth
 LETTER = 6.1  # px, width of a letter at 11 px, roughly
+FRAME_SECONDS = Stream().video_every * MICROTURN_SECONDS
+PAUSE = 1.0  # seconds between typed words that begin a new line
 STEP = 1.5  # px between points of a waveform
 THUMB = 24
-LOUD = 0.35  # amplitude that fills the lane
+QUIET = 0.05  # amplitude that fills a lane in which nothing is louder
 
 STYLE = """
 .tl{font:11px ui-sans-serif,system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif}
@@ -63,9 +67,9 @@ class Mark(NamedTuple):
     label: str
 
 
-def timeline_svg(session: Session, performance: Performance) -> str:
-    """A file that stands alone."""
-    width, height, body = drawing(session, performance)
+def timeline_svg(session: Session, performance: Performance, frame_seconds: float = FRAME_SECONDS) -> str:
+    """A file that stands alone. Video frame i is shown at i x `frame_seconds`."""
+    width, height, body = drawing(session, performance, frame_seconds)
     style = (
         f"<style>.tl{{{LIGHT}}}@media (prefers-color-scheme:dark){{.tl{{{DARK}}}}}{STYLE}</style>"
         f'<rect width="{width}" height="{height}" rx="8" style="fill:var(--paper)"/>'
@@ -76,9 +80,9 @@ def timeline_svg(session: Session, performance: Performance) -> str:
     )
 
 
-def timeline_figure(session: Session, performance: Performance) -> str:
+def timeline_figure(session: Session, performance: Performance, frame_seconds: float = FRAME_SECONDS) -> str:
     """The same for a page that has STYLE and the colours, with a playhead."""
-    width, height, body = drawing(session, performance)
+    width, height, body = drawing(session, performance, frame_seconds)
     head = f'<line class="playhead" x1="{GUTTER}" x2="{GUTTER}" y1="{MARGIN}" y2="{height - 4}"/>'
     return (
         f'<svg class="tl" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" '
@@ -86,7 +90,7 @@ def timeline_figure(session: Session, performance: Performance) -> str:
     )
 
 
-def drawing(session: Session, performance: Performance) -> tuple[int, int, str]:
+def drawing(session: Session, performance: Performance, frame_seconds: float) -> tuple[int, int, str]:
     """Width, height and elements, from top to bottom: clock, user, video, typed, model, truth."""
     seconds = session.frames * intervals.FRAME_SECONDS
     width = round(GUTTER + seconds * SCALE + MARGIN)
@@ -94,7 +98,7 @@ def drawing(session: Session, performance: Performance) -> tuple[int, int, str]:
     lane, y = voice_lane("user", y, user_audio(session), session.user_words)
     parts.append(lane)
     if session.video is not None and len(session.video):
-        parts.append(video_strip(session.video, seconds, y))
+        parts.append(video_strip(session.video[: math.ceil(seconds / frame_seconds)], frame_seconds, y))
         y += THUMB + 8
     if session.typed:
         parts.append(typed_lane(session.typed, y))
@@ -151,7 +155,8 @@ def envelope(samples: np.ndarray, middle: float) -> str:
     """The path around the extremes of each STEP pixels."""
     per = round(SAMPLE_RATE * STEP / SCALE)
     whole = np.pad(np.asarray(samples, np.float32), (0, -len(samples) % per)).reshape(-1, per)
-    reach = np.clip(np.stack([whole.max(1), whole.min(1)]) / LOUD, -1, 1) * WAVE / 2
+    full = max(float(np.quantile(np.abs(whole).max(1), 0.99)), QUIET) if whole.size else QUIET
+    reach = np.clip(np.stack([whole.max(1), whole.min(1)]) / full, -1, 1) * WAVE / 2
     xs = [f"{GUTTER + i * STEP:.1f}" for i in range(whole.shape[0])]
     above = [f"{x},{middle - max(r, 0.4):.1f}" for x, r in zip(xs, reach[0], strict=True)]
     below = [f"{x},{middle - min(r, -0.4):.1f}" for x, r in zip(xs, reach[1], strict=True)]
@@ -203,19 +208,23 @@ def truth_lane(marks: Sequence[Mark], y: int) -> tuple[str, int]:
 
 
 def typed_lane(typed: Sequence[Word], y: int) -> str:
-    x = place(typed[0].start)
-    return (
-        f'<text class="lane user" x="8" y="{y + 11}">typed</text>'
-        f'<text class="user" x="{x}" y="{y + 11}">⌨ {escape(" ".join(w.text for w in typed))}</text>'
+    lines: list[list[Word]] = []
+    for word in typed:
+        if lines and word.start - lines[-1][-1].start < PAUSE:
+            lines[-1].append(word)
+        else:
+            lines.append([word])
+    return f'<text class="lane user" x="8" y="{y + 11}">typed</text>' + "".join(
+        f'<text class="user" x="{place(line[0].start)}" y="{y + 11}">⌨ {escape(" ".join(w.text for w in line))}</text>'
+        for line in lines
     )
 
 
-def video_strip(video: np.ndarray, seconds: float, y: int) -> str:
-    """Frames where the picture changes, and again when there is room, at the time they are seen."""
-    per = seconds / len(video)
+def video_strip(video: np.ndarray, frame_seconds: float, y: int) -> str:
+    """Frames at the time they are seen, as many as there is room for."""
     parts, free = [f'<text class="lane user" x="8" y="{y + THUMB / 2 + 4}">video</text>'], 0.0
     for i, frame in enumerate(video):
-        x = place(i * per)
+        x = place(i * frame_seconds)
         if x < free:
             continue
         free = x + THUMB + 2

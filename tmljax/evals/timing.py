@@ -159,6 +159,6 @@ def measure(items: Sequence[Item]) -> list[Measurement]:
         *(
             m
             for kind in ("respond", "resume", "silent", "other")
-            for m in gather(f"behaviour_proxy_{kind}", "rate", "higher", ((i, a and a == kind) for i, a in acts))
+            for m in gather(f"behaviour_proxy_{kind}", "rate", "neither", ((i, a and a == kind) for i, a in acts))
         ),
     ]

@@ -1,5 +1,7 @@
 """One transformer block, the same for training and for the tick: attention, then experts.
 
+Where the keys come from is the caller's: the sequence itself in training, the ring in a tick (`Look`).
+
 Legend: B batch, P positions, D d_model, H heads, K kv heads, h head dim, E experts, W expert width.
 """
 
@@ -16,13 +18,12 @@ from tmljax import config
 from tmljax.model.params import constant, dense
 from tmljax.ops import dispatch
 from tmljax.ops import experts as expert_ops
-from tmljax.ops.attention import attend
 from tmljax.ops.experts import Experts
 from tmljax.ops.norm import rms_norm
 from tmljax.ops.rope import rotate
 from tmljax.ops.route import route
 
-KeepKeys = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]  # own k, v -> all k, v that may be seen
+Look = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]  # (q, own k, own v, sinks) -> mixed values
 
 
 class MoeReport(NamedTuple):
@@ -48,7 +49,7 @@ class Attention(nnx.Module):
         self.k_norm = constant((h,), ("small",), 1.0)
         self.sink = constant((H,), ("small",))
 
-    def __call__(self, x_BPD: jax.Array, time_BP: jax.Array, visible_BPQ: jax.Array, keep: KeepKeys) -> jax.Array:
+    def __call__(self, x_BPD: jax.Array, time_BP: jax.Array, look: Look) -> jax.Array:
         (H, K, h), (B, P, _) = self.shape, x_BPD.shape
         y_BPD = rms_norm(x_BPD, self.norm[...])
         weight = lambda w: w[...].astype(x_BPD.dtype)  # noqa: E731
@@ -57,8 +58,7 @@ class Attention(nnx.Module):
         v_BPKh = jnp.dot(y_BPD, weight(self.v)).reshape(B, P, K, h)
         q_BPHh = rotate(rms_norm(q_BPHh, self.q_norm[...]), time_BP)
         k_BPKh = rotate(rms_norm(k_BPKh, self.k_norm[...]), time_BP)
-        k_BQKh, v_BQKh = keep(k_BPKh, v_BPKh)
-        out_BPHh = attend(q_BPHh, k_BQKh, v_BQKh, visible_BPQ, self.sink[...])
+        out_BPHh = look(q_BPHh, k_BPKh, v_BPKh, self.sink[...])
         return jnp.dot(out_BPHh.reshape(B, P, H * h), weight(self.out))
 
 
@@ -103,8 +103,8 @@ class Block(nnx.Module):
         self.experts = ExpertLayer(model, rngs)
 
     def __call__(
-        self, x_BPD: jax.Array, time_BP: jax.Array, visible_BPQ: jax.Array, keep: KeepKeys, mesh: Mesh | None, tick: bool
+        self, x_BPD: jax.Array, time_BP: jax.Array, look: Look, mesh: Mesh | None, tick: bool
     ) -> tuple[jax.Array, MoeReport]:
-        x_BPD = x_BPD + self.attention(x_BPD, time_BP, visible_BPQ, keep)
+        x_BPD = x_BPD + self.attention(x_BPD, time_BP, look)
         y_BPD, report = self.experts(x_BPD, mesh, tick)
         return x_BPD + y_BPD, report

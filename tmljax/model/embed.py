@@ -29,7 +29,7 @@ class DmelEmbed(nnx.Module):
         """uint8 [B, T, 8, 80] -> [B, T, S, D]."""
         B, T, F, M = dmel_BTFM.shape
         # A one-hot matmul: its gradient is a matmul too, where that of a gather is a scatter.
-        one_hot = dmel_BTFM[..., None] == jnp.arange(BINS, dtype=dmel_BTFM.dtype)
+        one_hot = dmel_BTFM[..., None] == jnp.arange(BINS, dtype=dmel_BTFM.dtype).reshape(1, 1, 1, 1, -1)
         bag_BTFE = jnp.dot(one_hot.reshape(B, T, F, M * BINS).astype(self.table.dtype), self.table[...])
         slot_BTS = jax.nn.gelu(bag_BTFE).reshape(B, T, F // self.frames, -1)
         return jnp.dot(slot_BTS, self.merge[...])

@@ -108,7 +108,7 @@ class InteractionModel(nnx.Module):
         z_BPD, moe = self.trunk(
             x_BTSD.reshape(B, T * S, D),
             jnp.repeat(time_BT, S, axis=1),
-            jnp.tile(jnp.arange(S), T),
+            S,
             present_BTS.reshape(B, T * S),
             mesh,
         )

@@ -12,9 +12,11 @@ from tmljax import config
 from tmljax.model import cache
 from tmljax.model.block import Block, MoeReport
 from tmljax.model.params import constant
-from tmljax.ops.attention import see
+from tmljax.ops.attention import attend, attend_in_blocks, query_blocks, see
 from tmljax.ops.norm import rms_norm
 from tmljax.sharding import BATCH_AXES
+
+QUERY_TURNS = 16  # micro-turns in a block of queries
 
 REMAT = {
     "none": jax.checkpoint_policies.everything_saveable,
@@ -36,17 +38,25 @@ class Trunk(nnx.Module):
         self.norm = constant((model.d_model,), ("embed",), 1.0)
 
     def __call__(
-        self, x_BPD: jax.Array, time_BP: jax.Array, slot_P: jax.Array, present_BP: jax.Array, mesh: Mesh | None
+        self, x_BPD: jax.Array, time_BP: jax.Array, slots: int, present_BP: jax.Array, mesh: Mesh | None
     ) -> tuple[jax.Array, MoeReport]:
-        """The training forward over whole examples. The report is stacked over layers."""
-        visible_BPQ = see(time_BP, slot_P, time_BP, slot_P, present_BP, self.model.window)
+        """The training forward over whole examples of `slots` positions a micro-turn; reports stacked over layers."""
+        slot_P = jnp.tile(jnp.arange(slots), x_BPD.shape[1] // slots)
+        blocks = query_blocks(x_BPD.shape[1], QUERY_TURNS * slots, self.model.window * slots)
+        masks = [
+            see(time_BP[:, q], slot_P[q], time_BP[:, k], slot_P[k], present_BP[:, k], self.model.window)
+            for q, k in blocks
+        ]
         graph, stacked = nnx.split(self.blocks)
+
+        def look(q_BPHh, k_BPKh, v_BPKh, sink_H):
+            return attend_in_blocks(q_BPHh, k_BPKh, v_BPKh, blocks, masks, sink_H)
 
         def step(x_BPD, layer):
             if mesh is not None and mesh.size > 1:
                 spec = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
                 x_BPD = jax.lax.with_sharding_constraint(x_BPD, spec)
-            return nnx.merge(graph, layer)(x_BPD, time_BP, visible_BPQ, lambda k, v: (k, v), mesh, tick=False)
+            return nnx.merge(graph, layer)(x_BPD, time_BP, look, mesh, tick=False)
 
         if self.model.remat != "none":
             step = jax.checkpoint(step, policy=REMAT[self.model.remat], prevent_cse=False)
@@ -63,14 +73,14 @@ class Trunk(nnx.Module):
 
         def step(carry, layer_and_index):
             (x_NnD, ring), (layer, index) = carry, layer_and_index
-            kept = [ring]
+            rings = [ring]
 
-            def keep(k_NnKh, v_NnKh):
-                k_NQKh, v_NQKh, kept[0] = cache.write(ring, index, k_NnKh, v_NnKh, time_Nn, slot_n)
-                return k_NQKh, v_NQKh
+            def look(q_NnHh, k_NnKh, v_NnKh, sink_H):
+                k_NQKh, v_NQKh, rings[0] = cache.write(ring, index, k_NnKh, v_NnKh, time_Nn, slot_n)
+                return attend(q_NnHh, k_NQKh, v_NQKh, visible_NnQ, sink_H)
 
-            x_NnD, _ = nnx.merge(graph, layer)(x_NnD, time_Nn, visible_NnQ, keep, None, tick=True)
-            return (x_NnD, kept[0]), None
+            x_NnD, _ = nnx.merge(graph, layer)(x_NnD, time_Nn, look, None, tick=True)
+            return (x_NnD, rings[0]), None
 
         indices = jnp.arange(self.model.layers)
         (x_NnD, ring), _ = jax.lax.scan(step, (x_NnD, ring), (stacked, indices))

@@ -6,6 +6,8 @@ head needs somewhere to look). It has no position, so it serves a session's hour
 Legend: B batch, P query positions, Q key positions, K kv heads, G queries per kv head, h head dim.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -28,6 +30,31 @@ def attend(
     out_BKGPh = jnp.einsum("BKGPQ,BQKh->BKGPh", weight_BKGPQ.astype(v_BQKh.dtype), v_BQKh)
     out_BKGPh = out_BKGPh / total_BKGP[..., None].astype(v_BQKh.dtype)
     return out_BKGPh.transpose(0, 3, 1, 2, 4).reshape(B, P, H, h)
+
+
+def query_blocks(positions: int, block: int, reach: int) -> list[tuple[slice, slice]]:
+    """Splits a sequence into blocks of queries, each with the keys it could see: not later, `reach` back at most."""
+    starts = range(0, positions, block)
+    return [(slice(s, min(s + block, positions)), slice(max(0, s - reach), min(s + block, positions))) for s in starts]
+
+
+def attend_in_blocks(
+    q_BPHh: jax.Array,
+    k_BPKh: jax.Array,
+    v_BPKh: jax.Array,
+    blocks: Sequence[tuple[slice, slice]],
+    masks: Sequence[jax.Array],
+    sink_H: jax.Array,
+) -> jax.Array:
+    """`attend` of a sequence to itself, block by block of `query_blocks`: equal, and unseen keys cost nothing.
+
+    `masks` holds each block's visibility, bool [B, queries, keys].
+    """
+    parts = [
+        attend(q_BPHh[:, queries], k_BPKh[:, keys], v_BPKh[:, keys], mask, sink_H)
+        for (queries, keys), mask in zip(blocks, masks, strict=True)
+    ]
+    return jnp.concatenate(parts, axis=1)
 
 
 def see(

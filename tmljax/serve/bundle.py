@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 
 from tmljax import config
 from tmljax.config import UserError
-from tmljax.decode.session import Arrays, Engine, compile_engine
+from tmljax.decode.engine import Arrays, Engine, compile_engine
 from tmljax.stream.text import Tokenizer
 
 FORMAT = "tmljax-export"

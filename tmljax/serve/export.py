@@ -13,26 +13,25 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import hashlib
 import importlib.metadata
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from tmljax import config
 from tmljax.config import Experiment, UserError
-from tmljax.decode.program import PLATFORMS, flatten, initial_state, lower_tick
-from tmljax.decode.session import Arrays, program_shapes
+from tmljax.decode.engine import Arrays, program_shapes
+from tmljax.decode.program import PLATFORMS, initial_state, lower_tick, weights_of
 from tmljax.serve.bundle import FORMAT, FORMAT_VERSION, is_export
 from tmljax.stream.text import Tokenizer
 
@@ -57,12 +56,13 @@ def export(
     output = Path(os.path.abspath(output))
     refuse_foreign(output)
     program = lower_tick(experiment, sessions, PLATFORMS)
-    weights = {key: np.asarray(leaf) for key, leaf in flatten(params).items()}
+    weights = weights_of(params)
     with _whole_directory(output) as folder:
         save_file(weights, folder / "weights.safetensors", metadata={"format": "np"})
         (folder / "tick.stablehlo").write_bytes(program.serialize())
         _write_json(folder / "state.json", describe(initial_state(experiment, sessions)))
         (folder / "config.json").write_text(config.to_json(experiment), encoding="utf-8")
+        shutil.copymode(folder / "config.json", folder / "weights.safetensors")  # which safetensors makes private
         (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
         manifest = {
             "format": FORMAT,
@@ -121,7 +121,9 @@ def _sync(path: Path) -> None:
 
 
 def _write_json(path: Path, tree: Any) -> None:
-    path.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(tree, indent=2)
+    text = re.sub(r"\[[^\[\]{}]*\]", lambda numbers: " ".join(numbers[0].split()), text)  # shapes on one line
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def describe(state: Arrays) -> dict[str, Any]:

@@ -120,3 +120,4 @@ def dequantise(bins: np.ndarray) -> np.ndarray:
 
 
 SILENCE_MEL: np.ndarray = log_mel(np.zeros(FRAME_SAMPLES, np.float32))[0][0]  # float32 [80], digital silence
+SILENCE_MEL.flags.writeable = False

@@ -28,8 +28,14 @@ HOP = FRAME_SAMPLES // 2  # at the mel's own hop, windows overlap too little to 
 OVERLAP = dmel.WINDOW_SAMPLES // HOP
 TAIL = dmel.WINDOW_SAMPLES - HOP
 DELAY = LATENCY - (dmel.N_FFT // 2 + dmel.WINDOW_SAMPLES // 2 - HOP)
-GATE = -4.0  # a frame whose channels all lie below is silence: under half a step of 16 bits
+GATE = -4.0  # a frame whose channels all lie below is silence: about half a step of 16 bits
 CEILING = 1.5  # of log10 mel; a full-scale square wave stays below
+
+_BINS = dmel.N_FFT // 2 + 1
+_HANN = dmel.hann()
+_FILTERS_KM = dmel.FILTERS.T.tocsr()
+_COVERED_K = np.asarray(dmel.FILTERS.sum(axis=0)).reshape(-1)
+_SHARE_K1 = np.where(_COVERED_K > 0, 1 / np.maximum(_COVERED_K, 1e-9), 0).astype(np.float32)[:, None]
 
 
 class VocoderStream(Protocol):
@@ -93,8 +99,10 @@ class GriffinLimStream:
     def _magnitudes(self, mel: np.ndarray) -> np.ndarray:
         """[J, K]: the mel frames' linear magnitudes and, between them, interpolated ones."""
         mel = np.nan_to_num(np.asarray(mel, np.float32), nan=dmel.LOG_LOW, posinf=CEILING, neginf=dmel.LOG_LOW)
-        new_FK = linear_magnitudes(mel, self._settings.mel_iterations)
-        new_FK[mel.max(axis=1) < GATE] = 0
+        new_FK = np.zeros((len(mel), _BINS), np.float32)
+        loud = mel.max(axis=1) >= GATE
+        if loud.any():
+            new_FK[loud] = linear_magnitudes(mel[loud], self._settings.mel_iterations)
         roots = np.concatenate([self._magnitude_K[None], new_FK]) ** np.float32(0.25)
         between = (0.5 * (roots[:-1] + roots[1:])) ** 4
         self._magnitude_K = new_FK[-1]
@@ -125,20 +133,12 @@ class GriffinLimStream:
         return total.reshape(-1)
 
 
-_BINS = dmel.N_FFT // 2 + 1
-_HANN = dmel.hann()
-_FILTERS_MK = dmel.FILTERS
-_FILTERS_KM = dmel.FILTERS.T.tocsr()
-_COVERED_K = np.asarray(_FILTERS_MK.sum(axis=0)).reshape(-1)
-_SHARE_K1 = np.where(_COVERED_K > 0, 1 / np.maximum(_COVERED_K, 1e-9), 0).astype(np.float32)[:, None]
-
-
 def linear_magnitudes(mel_FM: np.ndarray, iterations: int) -> np.ndarray:
     """float32 [F, K] >= 0 whose mel is 10 ** mel_FM, as near as `iterations` multiplicative updates come."""
     target_MF = 10 ** np.minimum(mel_FM.T, np.float32(CEILING)).astype(np.float32)
     estimate_KF = (_FILTERS_KM @ np.ascontiguousarray(target_MF)) * _SHARE_K1 + np.float32(1e-8)
     for _ in range(iterations):
-        ratio_MF = target_MF / np.maximum(_FILTERS_MK @ estimate_KF, np.float32(1e-10))
+        ratio_MF = target_MF / np.maximum(dmel.FILTERS @ estimate_KF, np.float32(1e-10))
         estimate_KF *= (_FILTERS_KM @ ratio_MF) * _SHARE_K1
     return np.ascontiguousarray(estimate_KF.T)
 

@@ -15,7 +15,7 @@ from tmljax import config
 from tmljax.model.interaction import Batch, Definition, InteractionModel, Params
 from tmljax.ops.flow import matching_loss, normalise
 from tmljax.ops.losses import cross_entropy, weighted_mean
-from tmljax.stream.microturn import HOLD, IDLE
+from tmljax.stream.microturn import ABSENT, HOLD, IDLE
 
 
 class Routing(NamedTuple):
@@ -38,7 +38,8 @@ def objective(
     kind_BTS = jnp.where(word_BTS, 1.0, jnp.where(target_BTS == HOLD, weights.hold, weights.idle))
     text = weighted_mean(cross_entropy(out.text_BTSV, target_BTS), kind_BTS * valid_BT[..., None])
 
-    heard_BT, listens_BT = batch["heard"], valid_BT * batch["user_present"]
+    heard_BT = batch["heard"]  # ABSENT where nobody wrote down what the user said
+    listens_BT = valid_BT * batch["user_present"] * (heard_BT != ABSENT)
     kind_BT = jnp.where(heard_BT == IDLE, weights.idle, 1.0)
     heard = weighted_mean(cross_entropy(out.heard_BTV, heard_BT), kind_BT * listens_BT)
 

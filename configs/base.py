@@ -1,0 +1,12 @@
+"""Every field at its default; other configs start from it.
+
+python -m launch.train --config=configs/base.py --workdir=runs/base
+"""
+
+import ml_collections
+
+from tmljax.config import Experiment, to_config_dict
+
+
+def get_config() -> ml_collections.ConfigDict:
+    return to_config_dict(Experiment())

@@ -1,0 +1,32 @@
+"""The model family: one dial sets depth, width, heads, experts and learning rate together.
+
+    python -m launch.train --config=configs/family.py:6 --workdir=runs/family6
+
+Dial n is n layers of width 64 n, so parameters grow as the cube of the dial. Dial 4 is the size of the base config.
+"""
+
+import ml_collections
+
+from configs import base
+
+
+def scale(config: ml_collections.ConfigDict, dial: int) -> None:
+    """Sets the size of the model in place; everything else stays."""
+    width = 64 * dial
+    head_dim = 32 if dial < 8 else 64 if dial < 24 else 128
+    heads = width // head_dim
+    config.model.d_model = width
+    config.model.layers = dial
+    config.model.head_dim = head_dim
+    config.model.heads = heads
+    config.model.kv_heads = next(k for k in range(-(-heads // 4), heads + 1) if heads % k == 0)
+    config.model.moe.expert_width = width
+    config.model.moe.shared_width = width
+    config.model.flow.width = max(width, 128)
+    config.optimizer.learning_rate = 3e-3 * 4 / dial
+
+
+def get_config(dial: str = "4") -> ml_collections.ConfigDict:
+    config = base.get_config()
+    scale(config, int(dial))
+    return config

@@ -1,0 +1,22 @@
+"""The model of `make quickstart`: takes turns and stays silent in pauses, says little that is right.
+
+python -m launch.train --config=configs/quickstart.py --workdir=runs/quickstart
+"""
+
+import ml_collections
+
+from configs import base, family
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = base.get_config()
+    family.scale(config, 3)
+    config.data.name = "quickstart"
+    config.data.train_hours = 2.0
+    config.data.test_per_family = 24
+    config.train.steps = 400
+    config.optimizer.warmup = 40
+    config.train.save_every = 100
+    config.train.eval_every = 100
+    config.train.eval_batches = 2
+    return config

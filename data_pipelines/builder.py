@@ -1,0 +1,354 @@
+"""The prepared dataset: built by all cores, resumable, read at random.
+
+Worker processes render shards (a fixed number of sessions each) straight into ArrayRecord files in
+`root/name/.staging`, each renamed into place when whole, so a build that was killed goes on with the shards
+that are missing. In the end TFDS takes the files over as its own (`root/name/duplex/1.0.0`). The same
+builder runs on Apache Beam, which then renders the shards itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import tensorflow_datasets as tfds
+from tensorflow_datasets.core import example_serializer, file_adapters
+from tensorflow_datasets.core import splits as tfds_splits
+from tensorflow_datasets.core import writer as tfds_writer
+from tqdm import tqdm
+
+from data_pipelines import records
+from data_pipelines.plan import SPLITS, Shard, count_sessions, render_shard, shards
+from data_pipelines.voices import Voices
+from tmljax.config import Experiment, Stream, UserError
+from tmljax.stream.record import Session
+from tmljax.stream.text import Tokenizer
+
+GENERATOR = 1  # raise it when the same config gives other sessions
+STAGING = ".staging"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a dataset holds, and what building it took (0 where nothing had to be rendered)."""
+
+    path: Path
+    sessions: dict[str, dict[str, int]]  # split -> family -> sessions
+    seconds: dict[str, dict[str, float]]  # split -> family -> seconds of conversation
+    rendered_seconds: float
+    wall_seconds: float
+
+
+def folder(experiment: Experiment) -> Path:
+    return Path(experiment.data.root) / experiment.data.name
+
+
+def tokenizer_path(experiment: Experiment) -> Path:
+    return folder(experiment) / "tokenizer.json"
+
+
+def identity(experiment: Experiment) -> dict[str, Any]:
+    """Everything that decides the bytes of the dataset."""
+    data, stream = experiment.data, experiment.stream
+    return {
+        "generator": GENERATOR,
+        "data.seed": data.seed,
+        "data.train_hours": data.train_hours,
+        "data.test_per_family": data.test_per_family,
+        "data.mixture": dict(sorted(data.mixture.items())),
+        "stream.video_height": stream.video_height,
+        "stream.video_width": stream.video_width,
+        "stream.video_every": stream.video_every,
+        "stream.vocab_size": stream.vocab_size,
+    }
+
+
+class Duplex(tfds.core.ShardBasedBuilder):
+    """Sessions of synthetic duplex conversation; see data_pipelines/records.py for the features."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    url_infos: ClassVar[dict[str, Any]] = {}  # nothing is downloaded
+
+    def __init__(self, experiment: Experiment, **options: Any) -> None:
+        self._experiment = experiment
+        super().__init__(data_dir=os.fspath(folder(experiment)), file_format="array_record", **options)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        stream = self._experiment.stream
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=self.__doc__,
+            features=records.features(stream.video_height, stream.video_width),
+            disable_shuffling=True,
+        )
+
+    def _shard_iterators_per_split(self, dl_manager: Any) -> dict[str, list[Any]]:
+        planned = shards(self._experiment)
+        return {
+            split: [functools.partial(_examples, self._experiment, s) for s in planned if s.split == split]
+            for split in SPLITS
+        }
+
+    def _download_and_prepare(self, dl_manager: Any, download_config: Any = None) -> None:
+        """On Beam as TFDS does it; here the staged shards are taken over."""
+        if download_config is not None and download_config.beam_runner:
+            return super()._download_and_prepare(dl_manager, download_config)
+        planned, staging = shards(self._experiment), folder(self._experiment) / STAGING
+        infos = []
+        for split in SPLITS:
+            template = self._get_filename_template(split_name=split)
+            mine = [shard for shard in planned if shard.split == split]
+            size = 0
+            for shard in mine:
+                source = staging / f"{shard.name}.array_record"
+                size += source.stat().st_size
+                target = template.sharded_filepath(shard_index=shard.index, num_shards=len(mine))
+                _link(source, Path(os.fspath(target)))
+            infos.append(
+                tfds_splits.SplitInfo(
+                    name=split, shard_lengths=[s.sessions for s in mine], num_bytes=size, filename_template=template
+                )
+            )
+        self.info.set_splits(tfds_splits.SplitDict(infos))
+
+
+def _link(source: Path, target: Path) -> None:
+    """Without moving `source`: a kill right now must leave a staging folder that is whole."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _examples(experiment: Experiment, shard: Shard) -> Iterator[tuple[int, dict[str, Any]]]:
+    stream = experiment.stream
+    for number, session in enumerate(render_shard(experiment, shard, Voices())):
+        yield shard.first + number, records.encode(session, stream.video_height, stream.video_width)
+
+
+def build(experiment: Experiment, progress: bool = True, workers: int | None = None) -> Summary:
+    """Prepares root/name where it is absent, and goes on where it was interrupted.
+
+    Raises UserError when root/name was built with another config, or the disk is full.
+    """
+    began, home = time.monotonic(), folder(experiment)
+    planned = shards(experiment)
+    try:
+        _claim(home, experiment)
+        rendered = 0.0
+        if not (home / "summary.json").exists():
+            staging = home / STAGING
+            staging.mkdir(exist_ok=True)
+            missing = [shard for shard in planned if not (staging / f"{shard.name}.json").exists()]
+            rendered = _render_all(experiment, missing, staging, count_sessions(experiment), progress, workers)
+            _finish(experiment, planned, staging)
+        shutil.rmtree(home / STAGING, ignore_errors=True)
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"the disk is full: free space for {home} and run again, what is there is kept") from None
+        raise UserError(f"cannot write the dataset: {e}") from None
+    counts = json.loads((home / "summary.json").read_text())
+    return Summary(home, counts["sessions"], counts["seconds"], rendered, time.monotonic() - began)
+
+
+def _claim(home: Path, experiment: Experiment) -> None:
+    """Marks the folder as this config's, or raises UserError naming the fields in which it differs."""
+    path, wanted = home / "build.json", identity(experiment)
+    if path.exists():
+        found = json.loads(path.read_text())
+        differing = [name for name in wanted if found.get(name) != wanted[name]]
+        if differing:
+            fields = ", ".join(
+                "another version of the generator"
+                if name == "generator"
+                else f"config.{name}={found.get(name)!r} (now {wanted[name]!r})"
+                for name in differing
+            )
+            raise UserError(f"{home} was built with {fields}; choose another config.data.name or delete that folder")
+        return
+    if home.exists() and any(home.iterdir()):
+        raise UserError(f"{home} is no dataset of ours and not empty; choose another config.data.name")
+    home.mkdir(parents=True, exist_ok=True)
+    _write(path, json.dumps(wanted, indent=2) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _render_all(
+    experiment: Experiment,
+    missing: Sequence[Shard],
+    staging: Path,
+    counts: dict[str, int],
+    progress: bool,
+    workers: int | None,
+) -> float:
+    """Renders shards on all cores; returns the seconds of conversation rendered."""
+    total, rendered = sum(counts.values()), 0.0
+    workers = min(workers or len(os.sched_getaffinity(0)), len(missing))
+    bar = tqdm(
+        total=total,
+        initial=total - sum(shard.sessions for shard in missing),
+        unit="session",
+        desc=f"rendering {experiment.data.name}",
+        disable=not progress,
+        smoothing=0.1,
+    )
+    with bar:
+        for shard, seconds in _run(experiment, missing, staging, workers):
+            rendered += seconds
+            rate = rendered / max(bar.format_dict["elapsed"], 1e-9)
+            bar.set_postfix_str(f"{rate:.0f} times real time", refresh=False)
+            bar.update(shard.sessions)
+    return rendered
+
+
+def _run(
+    experiment: Experiment, missing: Sequence[Shard], staging: Path, workers: int
+) -> Iterator[tuple[Shard, float]]:
+    if workers <= 1:
+        for shard in missing:
+            yield shard, render_to_file(experiment, shard, staging)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare_worker) as pool:
+        waiting: dict[Future[float], Shard] = {
+            pool.submit(render_to_file, experiment, shard, staging): shard for shard in missing
+        }
+        try:
+            while waiting:
+                for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                    yield waiting.pop(future), future.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _prepare_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+
+
+@functools.cache
+def _voices() -> Voices:
+    return Voices()
+
+
+@functools.cache
+def _shard_writer(stream: Stream) -> tfds_writer.ShardWriter:
+    features = records.features(stream.video_height, stream.video_width)
+    serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
+    files = tfds_writer.ExampleWriter(file_adapters.FileFormat.ARRAY_RECORD)
+    return tfds_writer.ShardWriter(features, serializer, files)
+
+
+def render_to_file(experiment: Experiment, shard: Shard, staging: Path) -> float:
+    """Renders one shard to staging/NAME.array_record and, as the sign that it is whole, NAME.json."""
+    stream = experiment.stream
+    seconds: Counter[str] = Counter()
+    sessions: Counter[str] = Counter()
+    words: Counter[str] = Counter()
+
+    def examples() -> Iterator[tuple[int, dict[str, Any]]]:
+        for number, session in enumerate(render_shard(experiment, shard, _voices())):
+            seconds[session.family] += session.frames / 40
+            sessions[session.family] += 1
+            words.update(w.text for w in (*session.user_words, *session.model_words, *session.typed))
+            yield shard.first + number, records.encode(session, stream.video_height, stream.video_width)
+
+    path = staging / f"{shard.name}.array_record"
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    _write_shard(temporary, examples(), stream)
+    os.replace(temporary, path)
+    summary = {"sessions": dict(sessions), "seconds": dict(seconds), "words": dict(sorted(words.items()))}
+    _write(staging / f"{shard.name}.json", json.dumps(summary))
+    return sum(seconds.values())
+
+
+def _write_shard(path: Path, examples: Iterable[tuple[int, dict[str, Any]]], stream: Stream) -> None:
+    """Raises OSError when the disk is full, which ArrayRecord's writer says in its own way."""
+    try:
+        _shard_writer(stream).write(examples, path)
+    except (RuntimeError, ValueError) as e:
+        path.unlink(missing_ok=True)
+        if "space left" in str(e) or "RESOURCE_EXHAUSTED" in str(e):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
+        raise
+
+
+def _finish(experiment: Experiment, planned: Sequence[Shard], staging: Path) -> None:
+    """Trains the tokenizer, hands the shards to TFDS, and says that all is done."""
+    sessions: dict[str, Counter[str]] = {split: Counter() for split in SPLITS}
+    seconds: dict[str, Counter[str]] = {split: Counter() for split in SPLITS}
+    words: Counter[str] = Counter()
+    for shard in planned:
+        summary = json.loads((staging / f"{shard.name}.json").read_text())
+        sessions[shard.split].update(summary["sessions"])
+        seconds[shard.split].update(summary["seconds"])
+        if shard.split == "train":
+            words.update(summary["words"])
+    texts = (f" {word}" * count for word, count in sorted(words.items()))
+    Tokenizer.train(texts, experiment.stream.vocab_size).save(tokenizer_path(experiment))
+    dataset = Duplex(experiment)
+    if not _is_whole(dataset):
+        shutil.rmtree(Path(dataset.data_dir).parent, ignore_errors=True)
+        dataset = Duplex(experiment)
+        with contextlib.redirect_stdout(io.StringIO()):
+            dataset.download_and_prepare(download_dir=folder(experiment) / STAGING)
+    _write(folder(experiment) / "summary.json", json.dumps({"sessions": sessions, "seconds": seconds}, indent=2) + "\n")
+
+
+def _is_whole(dataset: Duplex) -> bool:
+    return (Path(dataset.data_dir) / "dataset_info.json").exists()
+
+
+class Sessions(Sequence[Session]):
+    """The sessions of one split, decoded when asked for. It can be pickled into worker processes."""
+
+    def __init__(self, experiment: Experiment, split: str) -> None:
+        self._experiment, self._split = experiment, split
+        self._source: Any = None
+        self._length = count_sessions(experiment)[split]
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Session:
+        if not -self._length <= index < self._length:
+            raise IndexError(index)
+        if self._source is None:
+            self._source = Duplex(self._experiment).as_data_source(self._split)
+        return records.decode(self._source[index % self._length])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_source": None}
+
+
+def open_split(experiment: Experiment, split: str) -> Sessions:
+    """Random access to a split of the prepared dataset. Raises UserError where that is absent or another's."""
+    home = folder(experiment)
+    if split not in SPLITS:
+        raise UserError(f"there is no split {split}; the splits are {', '.join(SPLITS)}")
+    if not (home / "summary.json").exists():
+        raise UserError(f"{home} holds no prepared dataset; run python -m launch.data with this config first")
+    _claim(home, experiment)
+    return Sessions(experiment, split)

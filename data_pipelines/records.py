@@ -1,0 +1,84 @@
+"""Sessions as TFDS features: what one record of the prepared dataset holds."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from tmljax.stream.microturn import MEL
+from tmljax.stream.record import Session, Word
+
+
+def features(height: int, width: int) -> tfds.features.FeaturesDict:
+    """Arrays are raw bytes; one of no length stands for a stream that does not exist."""
+
+    def array(shape: tuple[int | None, ...], dtype: type) -> tfds.features.Tensor:
+        return tfds.features.Tensor(shape=shape, dtype=dtype, encoding="bytes")
+
+    return tfds.features.FeaturesDict(
+        {
+            "id": tfds.features.Text(),
+            "family": tfds.features.Text(),
+            "frames": tfds.features.Scalar(np.int64),
+            "user_dmel": array((None, MEL), np.uint8),
+            "model_mel": array((None, MEL), np.float16),
+            "video": array((None, height, width, 3), np.uint8),
+            "audio": array((None, 2), np.int16),
+            "events": tfds.features.Text(doc="JSON: user_words, model_words, typed as [text, start, end]; truth"),
+        }
+    )
+
+
+def encode(session: Session, height: int, width: int) -> dict[str, Any]:
+    def array(value: np.ndarray | None, shape: tuple[int, ...], dtype: type) -> np.ndarray:
+        return np.zeros((0, *shape), dtype) if value is None else value
+
+    return {
+        "id": session.id,
+        "family": session.family,
+        "frames": session.frames,
+        "user_dmel": array(session.user_dmel, (MEL,), np.uint8),
+        "model_mel": array(session.model_mel, (MEL,), np.float16),
+        "video": array(session.video, (height, width, 3), np.uint8),
+        "audio": array(session.audio, (2,), np.int16),
+        "events": json.dumps(
+            {
+                "user_words": session.user_words,
+                "model_words": session.model_words,
+                "typed": session.typed,
+                "truth": session.truth,
+            },
+            separators=(",", ":"),
+        ),
+    }
+
+
+def decode(example: dict[str, Any]) -> Session:
+    events = json.loads(example["events"])
+    user_words, model_words, typed = (
+        tuple(Word(*word) for word in events[name]) for name in ("user_words", "model_words", "typed")
+    )
+
+    def array(name: str) -> np.ndarray | None:
+        return example[name] if len(example[name]) else None
+
+    return Session(
+        id=_text(example["id"]),
+        family=_text(example["family"]),
+        frames=int(example["frames"]),
+        user_dmel=array("user_dmel"),
+        model_mel=array("model_mel"),
+        user_words=user_words,
+        model_words=model_words,
+        typed=typed,
+        video=array("video"),
+        audio=array("audio"),
+        truth=tuple(events["truth"]),
+    )
+
+
+def _text(value: bytes | str) -> str:
+    return value.decode() if isinstance(value, bytes) else value

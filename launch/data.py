@@ -1,0 +1,47 @@
+"""Builds the dataset of a config: python -m launch.data --config=configs/smoke.py
+
+Renders synthetic conversations on all cores. It can be interrupted and run again, and does nothing where the
+dataset is already there.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from data_pipelines import builder
+from launch import verb
+
+
+def define_flags() -> None:
+    verb.define_config()
+
+
+def main(argv: Sequence[str]) -> None:
+    summary = builder.build(verb.experiment())
+    print(table(summary))
+
+
+def table(summary: builder.Summary) -> str:
+    """Sessions and hours by family and split."""
+    splits = list(summary.sessions)
+    families = sorted({family for split in splits for family in summary.sessions[split]})
+    lines = ["family".ljust(20) + "".join(f"{split:>12}{'hours':>8}" for split in splits)]
+    for name, members in [*((family, [family]) for family in families), ("all", families)]:
+        cells = ""
+        for split in splits:
+            sessions = sum(summary.sessions[split].get(family, 0) for family in members)
+            hours = sum(summary.seconds[split].get(family, 0.0) for family in members) / 3600
+            cells += f"{sessions:>12}{hours:>8.2f}"
+        lines.append(name.ljust(20) + cells)
+    if summary.rendered_seconds:
+        rate = summary.rendered_seconds / summary.wall_seconds
+        hours = summary.rendered_seconds / 3600
+        lines.append(f"{hours:.2f} hours in {summary.wall_seconds:.0f} s: {rate:.0f} times real time")
+    lines.append(f"prepared in {summary.path}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    define_flags()
+    sys.exit(verb.run(main))

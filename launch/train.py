@@ -1,0 +1,86 @@
+"""Trains a model; goes on by itself where the workdir holds a checkpoint.
+
+    python -m launch.train --config=configs/quickstart.py --workdir=runs/quickstart [--config.train.steps=500]
+
+The dataset of the config is built first where it does not exist. Ctrl-C and SIGTERM finish the step, save and leave;
+the same command goes on from there. The workdir gets config.json, tokenizer.json, checkpoints/, metrics.jsonl and
+TensorBoard events.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+from absl import flags
+
+from data_pipelines import builder, loader
+from launch import verb
+from tmljax import checkpoint, cluster
+from tmljax.config import Experiment, UserError
+from tmljax.model.interaction import definition
+from tmljax.sharding import make_mesh
+from tmljax.stream.text import Tokenizer
+from tmljax.train.loop import Outcome, train
+from tmljax.train.objective import objective
+from tmljax.train.speed import step_flops
+
+
+def define_flags() -> None:
+    verb.define_config()
+    flags.DEFINE_string("workdir", None, "where checkpoints and metrics go; made if absent", required=True)
+
+
+def main(argv: Sequence[str]) -> int:
+    if len(argv) > 1:
+        raise UserError(f"{argv[1]!r} is not a flag; see --help")
+    workdir = flags.FLAGS.workdir
+    outcome = train_workdir(verb.experiment(), workdir)
+    if outcome.signal is None:
+        print(f"trained to step {outcome.step}; evaluate it with: python -m launch.evaluate --workdir={workdir}")
+        return 0
+    print(f"stopped by {outcome.signal.name} after step {outcome.step}, which is saved; the same command goes on")
+    return 130 if outcome.signal is signal.SIGINT else 0
+
+
+def train_workdir(experiment: Experiment, workdir: str) -> Outcome:
+    """The verb, for an experiment at hand."""
+    cluster.initialize()
+    cluster.enable_compile_cache()
+    checkpoint.keep_config(workdir, experiment)
+    tokenizer = prepare_data(experiment, workdir)
+    mesh = make_mesh(experiment.mesh)
+    process = {"process_index": cluster.process_index(), "process_count": cluster.process_count()}
+    model = definition(experiment.stream, experiment.model)
+    return train(
+        experiment,
+        workdir,
+        model,
+        objective,
+        loader.train_loader(experiment, tokenizer, seed=experiment.train.seed, **process),
+        loader.validation_batches(experiment, tokenizer, experiment.train.eval_batches, **process),
+        mesh,
+        flops=step_flops(experiment, model) if jax.devices()[0].platform != "cpu" else None,
+    )
+
+
+def prepare_data(experiment: Experiment, workdir: str) -> Tokenizer:
+    """Builds the dataset if absent and copies its tokenizer, which a checkpoint is nothing without."""
+    if cluster.is_lead():
+        builder.build(experiment)
+    cluster.wait_for_all("dataset")
+    path = Path(workdir) / checkpoint.TOKENIZER
+    text = Path(builder.tokenizer_path(experiment)).read_text(encoding="utf-8")
+    if path.exists() and checkpoint.steps(workdir) and path.read_text(encoding="utf-8") != text:
+        raise UserError(f"{path} is not the tokenizer of the dataset that config.data names; use another --workdir")
+    if cluster.is_lead():
+        checkpoint.write_text(path, text)
+    return Tokenizer.load(builder.tokenizer_path(experiment))
+
+
+if __name__ == "__main__":
+    define_flags()
+    sys.exit(verb.run(main))

@@ -1,0 +1,73 @@
+"""Batches, made and moved to the devices while the step before them runs."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+DEPTH = 2  # batches ahead of the step
+
+
+class Source(Protocol):
+    """An endless iterator over this process's rows of each batch; `data_pipelines.loader.Loader` is one."""
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]: ...
+
+    def __next__(self) -> dict[str, np.ndarray]: ...
+
+    def get_state(self) -> Any: ...
+
+    def set_state(self, state: Any) -> None: ...
+
+
+class Fed(NamedTuple):
+    batch: dict[str, jax.Array]
+    state: Any  # of the source once this batch is taken
+    waited: float  # seconds that the loop stood still for it
+
+
+class Feed:
+    """Reads ahead in a thread. The source belongs to it until `close`."""
+
+    def __init__(self, source: Source, sharding: NamedSharding):
+        self._source, self._sharding = source, sharding
+        self._queue: queue.Queue[Fed | BaseException] = queue.Queue(DEPTH)
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._read, name="feed", daemon=True)
+        self._thread.start()
+
+    def next(self) -> Fed:
+        """Raises what the source raised."""
+        before = time.perf_counter()
+        fed = self._queue.get()
+        if isinstance(fed, BaseException):
+            raise fed
+        return fed._replace(waited=time.perf_counter() - before)
+
+    def close(self) -> None:
+        self._ended.set()
+        while self._thread.is_alive():
+            try:
+                self._queue.get(timeout=0.05)
+            except queue.Empty:
+                continue
+
+    def _read(self) -> None:
+        try:
+            while not self._ended.is_set():
+                batch = to_devices(next(self._source), self._sharding)
+                self._queue.put(Fed(batch, self._source.get_state(), 0.0))
+        except BaseException as e:
+            self._queue.put(e)
+
+
+def to_devices(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
+    """This process's rows as part of the global batch."""
+    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}

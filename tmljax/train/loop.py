@@ -1,0 +1,167 @@
+"""The training loop: dispatch a step, then read what the step before it gave.
+
+What a run writes does not depend on where it was interrupted. A checkpoint of step n holds the parameters, the
+optimizer and the place in the data after n steps, and is begun only when all rows up to n are in metrics.jsonl.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from tmljax import checkpoint, cluster
+from tmljax.config import Experiment
+from tmljax.sharding import batch_sharding
+from tmljax.train.feed import Feed, Source, to_devices
+from tmljax.train.metrics import Journal, Progress
+from tmljax.train.speed import Stopwatch, as_row
+from tmljax.train.state import Definition, State, create_state
+from tmljax.train.step import Metrics, Objective, Program, make_program
+
+SELECTION = "val/loss/total"  # the best checkpoint is the one where this is lowest
+
+
+class Outcome(NamedTuple):
+    step: int  # steps taken over all runs
+    signal: signal.Signals | None  # what asked the loop to stop, None where it came to its end
+
+
+@dataclass
+class Run:
+    """What the loop holds while it runs."""
+
+    experiment: Experiment
+    program: Program
+    validation: list[dict[str, jax.Array]]
+    checkpoints: checkpoint.Checkpoints
+    journal: Journal | None  # of the lead process
+    progress: Progress | None
+    watch: Stopwatch
+
+
+def train(
+    experiment: Experiment,
+    workdir: str | Path,
+    definition: Definition,
+    objective: Objective,
+    batches: Source,
+    validation: Sequence[dict[str, np.ndarray]],
+    mesh: Mesh,
+    *,
+    flops: float | None = None,
+    out: TextIO | None = None,
+) -> Outcome:
+    """Trains until config.train.steps, SIGTERM or Ctrl-C, going on from the newest checkpoint of the workdir.
+
+    `batches` yields this process's rows of each batch, `validation` of the held-out ones; `flops` are those of a step.
+    Raises UserError for a workdir trained with another config, a mesh that does not divide, and a full disk.
+    """
+    checkpoint.keep_config(workdir, experiment)
+    program = make_program(experiment, definition, objective, mesh)
+    sharding = batch_sharding(mesh)
+    restored = resume(workdir, program.abstract, batches)
+    feed = Feed(batches, sharding)  # reads while the programs below compile
+    try:
+        state = (
+            create_state(definition, program.optimizer, mesh, experiment.train.seed) if restored is None else restored
+        )
+        step = int(jax.device_get(state.step))
+        lead = cluster.is_lead()
+        with contextlib.ExitStack() as open_things:
+            run = Run(
+                experiment,
+                program,
+                [to_devices(batch, sharding) for batch in validation],
+                open_things.enter_context(contextlib.closing(checkpoint.Checkpoints(workdir, experiment.train.keep))),
+                open_things.enter_context(contextlib.closing(Journal(workdir, step))) if lead else None,
+                open_things.enter_context(contextlib.closing(Progress(step, experiment.train.steps, out)))
+                if lead
+                else None,
+                Stopwatch(experiment, flops, list(mesh.devices.flat)),
+            )
+            with cluster.StopNotice() as stop, jax.transfer_guard("disallow"):
+                step = run_steps(run, state, step, feed, stop)
+                return Outcome(step, stop.signal)
+    finally:
+        feed.close()
+
+
+def resume(workdir: str | Path, abstract: State, batches: Source) -> State | None:
+    """The state of the newest checkpoint, with the data at its place; None where there is none."""
+    restored = checkpoint.resume(workdir, abstract.params, (abstract.optimizer, abstract.step, abstract.skipped))
+    if restored is None:
+        return None
+    batches.set_state(restored.iterator)
+    optimizer, step, skipped = restored.optimizer
+    return State(step, restored.params, optimizer, skipped)
+
+
+def run_steps(run: Run, state: State, step: int, feed: Feed, stop: cluster.StopNotice) -> int:
+    """Returns the step it ended at; everything up to it is saved."""
+    config = run.experiment.train
+    saved, unread = step, None  # `unread`: the step before and its metrics
+    while step < config.steps and not stop.wanted:
+        fed = feed.next()
+        state, metrics = run.program.step(state, fed.batch)
+        step += 1
+        run.watch.count(fed.waited)
+        if unread is not None:
+            report(run, *unread)
+        unread = (step, metrics)
+        run.checkpoints.poll()
+
+        evaluates = step % config.eval_every == 0 or step == config.steps
+        saves = step % config.save_every == 0 or step == config.steps
+        if evaluates or saves:
+            jax.block_until_ready(metrics)
+            with run.watch.apart():
+                held_out = evaluate(run, state) if evaluates else {}
+            report(run, step, metrics, held_out)
+            unread = None
+            if saves:
+                saved = save(run, state, step, fed.state, held_out.get(SELECTION))
+
+    if unread is not None:
+        report(run, *unread)
+    if step > saved:  # asked to stop between two checkpoints
+        save(run, state, step, fed.state, None)
+    run.checkpoints.wait()
+    return step
+
+
+def report(run: Run, step: int, metrics: Metrics, held_out: dict[str, float] | None = None) -> None:
+    """Waits for the step; writes its row where one is due."""
+    jax.block_until_ready(metrics)
+    config = run.experiment.train
+    if run.progress is not None:
+        run.progress.advance()
+    if not (held_out or step == 1 or step % config.log_every == 0 or step == config.steps):
+        return
+    row = as_row(step, jax.device_get(metrics) | (held_out or {})) | run.watch.read()
+    if run.journal is not None and run.progress is not None:
+        run.journal.write(row)
+        run.progress.show(row)
+
+
+def evaluate(run: Run, state: State) -> dict[str, float]:
+    """Means over the held-out batches, named val/..."""
+    rows = [jax.device_get(run.program.evaluate(state.params, batch)) for batch in run.validation]
+    return {f"val/{name}": float(np.mean([row[name] for row in rows])) for name in (rows[0] if rows else ())}
+
+
+def save(run: Run, state: State, step: int, iterator: Any, loss: float | None) -> int:
+    """Begins a checkpoint of this step and returns the step."""
+    with run.watch.apart(), jax.transfer_guard("allow"):
+        if run.journal is not None:
+            run.journal.sync()
+        optimizer = (state.optimizer, state.step, state.skipped)
+        run.checkpoints.save(step, state.params, optimizer, iterator, run.experiment, loss)
+    return step

@@ -1,0 +1,130 @@
+"""How fast a run is, against the clock of the conversation and against the arithmetic of its devices.
+
+Model FLOPs are those of the mathematics: 6 per parameter of a matrix and place where it is applied (2 forward, 4
+backward), and 12 per head value and pair of positions that see each other. Recomputation, padding and masked-out
+work are not counted, a table that is looked up counts nothing, and a routed expert counts for the share of tokens it
+serves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from tmljax.config import Experiment
+from tmljax.stream.microturn import MICROTURN_SECONDS, Layout
+from tmljax.train.metrics import TIME, Row
+from tmljax.train.optimizer import is_matrix
+from tmljax.train.state import Definition
+
+# Dense bfloat16 FLOP/s of one JAX device, by the beginning of its kind; the makers' numbers.
+PEAKS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6": 918e12,
+    "TPU7x": 1153.5e12,  # a chip is two devices
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA GH200": 989e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA L4": 121e12,
+}
+
+
+def peak_flops(devices: list[jax.Device]) -> float | None:
+    """Of all devices together; None where their kind is not in the table, as for CPUs."""
+    peak = next((peak for kind, peak in PEAKS.items() if devices[0].device_kind.startswith(kind)), None)
+    return None if peak is None else peak * len(devices)
+
+
+def step_flops(experiment: Experiment, definition: Definition) -> float:
+    """Model FLOPs of a training step of the interaction model."""
+    params = jax.tree_util.tree_leaves_with_path(definition.abstract())
+    axes = jax.tree.leaves(definition.axes(), is_leaf=lambda x: isinstance(x, tuple))
+    matrices = sum(
+        leaf.size * places([key.key for key in path], experiment)
+        for (path, leaf), names in zip(params, axes, strict=True)
+        if is_matrix(names)
+    )
+    return experiment.data.batch * (6 * matrices + attention_flops(experiment))
+
+
+def places(path: list[str], experiment: Experiment) -> float:
+    """How often an example applies each number of the parameter at this path."""
+    layout, model, length = Layout(experiment.stream), experiment.model, experiment.data.window
+    group, name = path[0], path[-1]
+    if group in ("tokens", "slots") or name == "table":
+        return 0  # looked up
+    if group == "trunk":
+        routed = name in ("gate", "up", "down")
+        return length * layout.slots * (model.moe.top_k / model.moe.experts if routed else 1)
+    if group == "patches":
+        patches = length // experiment.stream.video_every * layout.patches
+        return patches * {"pixels": 100, "merge": 25, "last": 1 / experiment.stream.patches_per_slot}[name]
+    return {
+        "user_dmel": length * layout.user_audio,
+        "model_dmel": length * layout.model_audio,
+        "text_head": length * layout.model_text,
+        "heard_head": length,
+        "flow_head": max(1, round(model.flow.share * length)) * layout.model_audio * model.flow.draws,
+    }[group]
+
+
+def attention_flops(experiment: Experiment) -> float:
+    """Scores and mixtures of one example, over the pairs that the causal window lets see each other."""
+    model, slots = experiment.model, Layout(experiment.stream).slots
+    before = sum(min(t, model.window - 1) for t in range(experiment.data.window))  # whole micro-turns looked back on
+    pairs = before * slots**2 + experiment.data.window * slots * (slots + 1) / 2
+    return 12 * model.layers * model.heads * model.head_dim * pairs
+
+
+class Stopwatch:
+    """The time/ part of a row."""
+
+    def __init__(self, experiment: Experiment, flops: float | None, devices: list[jax.Device]):
+        batch, length = experiment.data.batch, experiment.data.window
+        self._positions = batch * length * Layout(experiment.stream).slots
+        self._seconds = batch * length * MICROTURN_SECONDS
+        peak = peak_flops(devices)
+        self._use = None if flops is None or peak is None else flops / peak
+        self._since, self._steps, self._waited, self._apart = time.perf_counter(), 0, 0.0, 0.0
+
+    def count(self, waited: float) -> None:
+        """A step that stood still for `waited` seconds before its batch came."""
+        self._steps += 1
+        self._waited += waited
+
+    @contextlib.contextmanager
+    def apart(self) -> Iterator[None]:
+        """Time that is not training: evaluation, a checkpoint."""
+        before = time.perf_counter()
+        yield
+        self._apart += time.perf_counter() - before
+
+    def read(self) -> Row:
+        """Means over the steps since the last reading."""
+        elapsed = time.perf_counter() - self._since - self._apart
+        step = max(elapsed, 1e-9) / max(self._steps, 1)
+        row = {
+            "step_seconds": step,
+            "positions_per_second": self._positions / step,
+            "conversation_seconds_per_second": self._seconds / step,
+            "data_wait": self._waited / max(elapsed, 1e-9),
+        }
+        if self._use is not None:
+            row["mfu"] = self._use / step
+        self._since, self._steps, self._waited, self._apart = time.perf_counter(), 0, 0.0, 0.0
+        return {TIME + name: value for name, value in row.items()}
+
+
+def as_row(step: int, values: dict[str, Any]) -> Row:
+    return {"step": step, **{name: float(value) for name, value in values.items()}}
