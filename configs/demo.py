@@ -12,9 +12,9 @@ def get_config() -> ml_collections.ConfigDict:
     config = base.get_config()
     family.scale(config, 4)
     config.data.name = "demo"
-    config.data.train_hours = 20.0
+    config.data.train_hours = 50.0
     config.optimizer.warmup = 100
-    config.train.steps = 2400
+    config.train.steps = 1600
     config.train.save_every = 200
     config.train.eval_every = 200
     config.train.eval_batches = 4

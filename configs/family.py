@@ -12,16 +12,15 @@ from configs import base
 
 def scale(config: ml_collections.ConfigDict, dial: int) -> None:
     """Sets the size of the model in place; everything else stays."""
-    width = 64 * dial
-    head_dim = 32 if dial < 8 else 64 if dial < 24 else 128
+    width, head_dim = 64 * dial, 64 if dial < 24 else 128
     heads = width // head_dim
     config.model.d_model = width
     config.model.layers = dial
     config.model.head_dim = head_dim
     config.model.heads = heads
-    config.model.kv_heads = next(k for k in range(-(-heads // 4), heads + 1) if heads % k == 0)
-    config.model.moe.expert_width = width
-    config.model.moe.shared_width = width
+    config.model.kv_heads = max(k for k in range(1, max(2, heads // 2 + 1)) if heads % k == 0)
+    config.model.moe.expert_width = width // 2
+    config.model.moe.shared_width = width * 3 // 2
     config.model.flow.width = max(width, 128)
     config.optimizer.learning_rate = 3e-3 * 4 / dial
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import tensorflow_datasets as tfds
-from tensorflow_datasets.core import example_serializer, file_adapters
+from tensorflow_datasets.core import file_adapters
 from tensorflow_datasets.core import splits as tfds_splits
 from tensorflow_datasets.core import writer as tfds_writer
 from tqdm import tqdm
@@ -256,7 +256,7 @@ def _voices() -> Voices:
 @functools.cache
 def _shard_writer(stream: Stream) -> tfds_writer.ShardWriter:
     features = records.features(stream.video_height, stream.video_width)
-    serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
+    serializer = records.Serializer(features.get_serialized_info())
     files = tfds_writer.ExampleWriter(file_adapters.FileFormat.ARRAY_RECORD)
     return tfds_writer.ShardWriter(features, serializer, files)
 

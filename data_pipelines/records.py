@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core import example_serializer
 
 from tmljax.stream.microturn import MEL
 from tmljax.stream.record import Session, Word
@@ -30,6 +31,13 @@ def features(height: int, width: int) -> tfds.features.FeaturesDict:
             "events": tfds.features.Text(doc="JSON: user_words, model_words, typed as [text, start, end]; truth"),
         }
     )
+
+
+class Serializer(example_serializer.ExampleSerializer):
+    """TFDS's own, but for the order of the features in a record, which protobuf leaves to each process."""
+
+    def serialize_example(self, example: dict[str, Any]) -> bytes:
+        return self.get_tf_example(example).SerializeToString(deterministic=True)
 
 
 def encode(session: Session, height: int, width: int) -> dict[str, Any]:

@@ -118,7 +118,8 @@ class _Event(ctypes.Structure):
 _CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event))
 _EVENT_WORD, _EVENT_END = 1, 5
 _SYNCHRONOUS, _BUFFER_MS = 2, 4000
-_RATE, _PITCH, _RANGE = 1, 3, 4
+_RATE, _VOLUME, _PITCH, _RANGE = 1, 2, 3, 4
+_QUIET = 50  # of 100: at full volume it clips now and then, and its gain remembers that
 _UTF8, _PHONEMES = 1, 0x100
 
 
@@ -155,7 +156,6 @@ class Espeak:
         self._chunks: list[bytes] = []
         self._events: list[tuple[int, int, int]] = []  # type, character, sample
         self._callback = _CALLBACK(self._receive)
-        self._speaker: Speaker | None = None
         self.rate = self._library.espeak_Initialize(_SYNCHRONOUS, _BUFFER_MS, _data_folder().encode(), 0)
         assert self.rate > 0, "espeak-ng did not start"
         self._library.espeak_SetSynthCallback(self._callback)
@@ -171,13 +171,12 @@ class Espeak:
         return 0
 
     def _become(self, speaker: Speaker) -> None:
-        if speaker == self._speaker:
-            return
+        """Also where nothing changes: loading a voice forgets the formants of the utterance before."""
         status = self._library.espeak_SetVoiceByName(f"{ACCENTS[speaker.accent]}+{speaker.variant}".encode())
         assert status == 0, f"espeak-ng has no voice {speaker}"
-        for parameter, value in ((_RATE, speaker.rate), (_PITCH, speaker.pitch), (_RANGE, speaker.range)):
+        settings = {_RATE: speaker.rate, _PITCH: speaker.pitch, _RANGE: speaker.range, _VOLUME: _QUIET}
+        for parameter, value in settings.items():
             self._library.espeak_SetParameter(parameter, value, 0)
-        self._speaker = speaker
 
     def say(self, text: str, speaker: Speaker, sounds: Mapping[str, str] = SOUNDS) -> Utterance:
         """Words of `text` are separated by spaces and may carry punctuation."""
@@ -190,7 +189,7 @@ class Espeak:
         self._chunks, self._events = [], []
         status = self._library.espeak_Synth(encoded, len(encoded) + 1, 0, 1, 0, _UTF8 | _PHONEMES, None, None)
         assert status == 0, f"espeak-ng could not say {text!r}"
-        samples = np.frombuffer(b"".join(self._chunks), np.int16).astype(np.float32) / 32768
+        samples = np.frombuffer(b"".join(self._chunks), np.int16).astype(np.float32) * (100 / _QUIET / 32768)
         onsets = np.full(len(words), -1.0)
         closed = len(samples) / self.rate
         for kind, character, sample in self._events:

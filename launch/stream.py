@@ -22,6 +22,7 @@ from absl import flags
 from tqdm import tqdm
 
 from launch import verb
+from tmljax import cluster
 from tmljax.config import UserError
 from tmljax.decode.engine import Engine
 from tmljax.decode.session import SessionInput, Transcript, converse, microturns
@@ -49,6 +50,7 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise UserError(f"{argv[1]!r} is not a flag; see --help")
     given = flags.FLAGS
+    cluster.enable_compile_cache()
     stream(
         given.workdir,
         given.input,

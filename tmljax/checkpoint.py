@@ -20,7 +20,8 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -310,26 +311,34 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _read(folder: Path, args: Callable[[], dict[str, Any]], check: Callable[[Any], None]) -> Any:
-    """What orbax reads, checked. Raises Damaged, without the pages that tasks of a failed read leave on stderr."""
-    try:
-        args = ocp.args.Composite(**args(), progress=ocp.args.JsonRestore())
-        found = ocp.Checkpointer(ocp.CompositeCheckpointHandler()).restore(folder, args=args)
-        check(found)
-        return found
-    except Exception as e:
-        if type(e) is not Exception and not isinstance(e, UNREADABLE):
-            raise
-        reason = Damaged(re.sub(r"\s+", " ", str(e.__cause__ or e))[:160] or type(e).__name__)
+    """What orbax reads, checked. Raises Damaged."""
+    with _hushed():
+        try:
+            composite = ocp.args.Composite(**args(), progress=ocp.args.JsonRestore())
+            found = ocp.Checkpointer(ocp.CompositeCheckpointHandler()).restore(folder, args=composite)
+            check(found)
+            return found
+        except Exception as e:
+            if type(e) is not Exception and not isinstance(e, UNREADABLE):
+                raise
+            reason = Damaged(re.sub(r"\s+", " ", str(e.__cause__ or e))[:160] or type(e).__name__)
+        gc.collect()
+    raise reason
+
+
+@contextlib.contextmanager
+def _hushed() -> Iterator[None]:
+    """The tasks that a failed read leaves behind print pages of tracebacks; this keeps them from the user."""
     hooks, logger = (sys.excepthook, sys.unraisablehook), logging.getLogger("asyncio")
     level = logger.level
     try:
         sys.excepthook, sys.unraisablehook = lambda *_: None, lambda _: None
         logger.setLevel(logging.CRITICAL)
-        gc.collect()
+        with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
+            yield
     finally:
         sys.excepthook, sys.unraisablehook = hooks
         logger.setLevel(level)
-    raise reason
 
 
 def _step_folder(workdir: str | Path, step: int) -> Path:

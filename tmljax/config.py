@@ -32,10 +32,10 @@ class Stream:
     video_height: int = 40  # pixels, a multiple of 40
     video_width: int = 40
     patches_per_slot: int = 1  # 40x40 patches packed into one video slot
-    video_every: int = 2  # micro-turns between frames
+    video_every: int = 3  # micro-turns between frames
     user_text_slots: int = 1  # tokens of typed text a micro-turn takes
     model_text_slots: int = 1  # tokens a micro-turn writes
-    vocab_size: int = 1024
+    vocab_size: int = 512
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,12 @@ class Moe:
 
     experts: int = 8
     top_k: int = 2
-    expert_width: int = 256
-    shared_width: int = 256
+    expert_width: int = 128
+    shared_width: int = 384
     capacity_factor: float | None = None  # room in the exchange against a balanced load; None: dropless
     matmul: Literal["blocks", "ragged"] = "blocks"  # of the experts in training
     tick_matmul: Literal["every", "gathered"] = "every"  # of the experts for the few tokens of a tick
-    block_rows: int = 128  # rows of a block of "blocks"
+    block_rows: int = 256  # rows of a block of "blocks"
     balance_rate: float = 1e-3  # step of the routing bias (loss-free balancing, arXiv 2408.15664)
     z_loss: float = 1e-4
 
@@ -70,9 +70,9 @@ class Flow:
 class Model:
     d_model: int = 256
     layers: int = 4
-    heads: int = 8
+    heads: int = 4
     kv_heads: int = 2
-    head_dim: int = 32
+    head_dim: int = 64
     window: int = 64  # micro-turns that attention looks back, this one included
     moe: Moe = field(default_factory=Moe)
     flow: Flow = field(default_factory=Flow)
@@ -91,18 +91,18 @@ class Data:
     test_per_family: int = 48  # test sessions of each scenario family
     mixture: Mapping[str, float] = field(default_factory=dict)  # family -> weight; empty: the default mixture
     recordings: str = ""  # moshi-finetune manifest(s) "a.jsonl:0.5,b.jsonl:1"; "" for none
-    window: int = 60  # micro-turns in a training example
+    window: int = 54  # micro-turns in a training example
     batch: int = 32  # examples a step, over all processes
     workers: int = 0  # grain worker processes; 0 reads in threads
 
 
 @dataclass(frozen=True)
 class Optimizer:
-    name: Literal["adamw", "muon"] = "adamw"
+    name: Literal["adamw", "muon"] = "muon"
     learning_rate: float = 3e-3
     schedule: Literal["wsd", "cosine"] = "wsd"
     warmup: int = 100  # steps
-    decay: float = 0.3  # share of the steps spent decaying (wsd)
+    decay: float = 0.4  # share of the steps spent decaying (wsd)
     weight_decay: float = 0.05
     b1: float = 0.9
     b2: float = 0.95
@@ -114,10 +114,10 @@ class Optimizer:
 class Loss:
     """Weights of the terms; each term is also reported alone and unweighted."""
 
-    idle: float = 0.2  # of a silent model_text target against a word's
+    idle: float = 0.5  # of a silent model_text target against a word's
     hold: float = 0.5  # of a "still speaking" target
     flow: float = 0.5
-    heard: float = 0.5  # auxiliary: the user's words
+    heard: float = 1.0  # auxiliary: the user's words
 
 
 @dataclass(frozen=True)

@@ -154,7 +154,7 @@ def test_every_family_renders_and_can_be_heard(voices, family):
         else:
             assert session.user_dmel is None
         if session.video is not None:
-            assert session.video.shape == (session.frames // 16, 40, 40, 3)
+            assert session.video.shape == (session.frames // (8 * Stream().video_every), 40, 40, 3)
 
 
 def test_same_seed_same_session(voices):

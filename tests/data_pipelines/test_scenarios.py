@@ -81,7 +81,8 @@ def oracle_satisfies(expected: dict, words: list[Word]) -> bool:
         return each and not any(takes_over([w]) for w in inside) and len(inside) == len(expected["windows"])
     assert kind == "cue"
     a, b = expected["window"]
-    return holds(starting(words, a, b), expected["content"][:1]) and holds(starting(words, a, b + 2), expected["content"])
+    begun = holds(starting(words, a, b), expected["content"][:1])
+    return begun and holds(starting(words, a, b + 2), expected["content"])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -110,7 +111,7 @@ def test_neither_silence_nor_lateness_satisfies(scores, family):
 def test_the_grid(scores, family):
     """Model speech begins on micro-turns; sessions are whole multiples of what the layout needs; times lie inside."""
     for score in scores[family]:
-        periods = score.seconds / (2 * MICROTURN_SECONDS)
+        periods = score.seconds / (Stream().video_every * MICROTURN_SECONDS)
         assert periods == pytest.approx(round(periods), abs=1e-6)
         for speech in score.speeches:
             assert 0 <= speech.start < speech.end <= score.seconds + EPSILON
@@ -192,7 +193,7 @@ def test_verbal_cues_are_spoken_over_the_user(scores):
     assert any(not [e for e in score.truth if e["kind"] == "cue"] for score in scores["verbal_cue"])
 
 
-@pytest.mark.parametrize("stream", [Stream(), Stream(video_every=3, video_height=80, video_width=120)])
+@pytest.mark.parametrize("stream", [Stream(), Stream(video_every=5, video_height=80, video_width=120)])
 def test_the_thing_appears_when_the_truth_says(voices, stream):
     seen = Counter()
     for seed in range(10):

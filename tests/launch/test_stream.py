@@ -15,7 +15,7 @@ import soundfile
 from absl import flags
 
 from launch import export, stream, verb
-from tmljax import checkpoint, config
+from tmljax import checkpoint, cluster, config
 from tmljax.model.interaction import Definition
 from tmljax.serve import bundle
 from tmljax.stream.text import Tokenizer
@@ -27,6 +27,13 @@ MODEL = config.Model(
     flow=config.Flow(width=8, depth=1, steps=2),
 )  # fmt: skip
 EXPERIMENT = config.Experiment(stream=STREAM, model=MODEL, sampling=config.Sampling(temperature=1.0))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(cluster.CACHE_VARIABLE, str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="module")

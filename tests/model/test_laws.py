@@ -14,7 +14,7 @@ from tmljax.model.interaction import Definition
 from tmljax.ops.flow import normalise
 
 STREAM = config.Stream(
-    frames_per_slot=4, video_height=80, patches_per_slot=2, user_text_slots=2, model_text_slots=2, vocab_size=320
+    frames_per_slot=4, video_height=80, patches_per_slot=2, video_every=2, user_text_slots=2, model_text_slots=2, vocab_size=320
 )
 MODEL = config.Model(
     d_model=32, layers=2, heads=4, kv_heads=2, head_dim=8, window=5,

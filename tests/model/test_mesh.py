@@ -11,7 +11,7 @@ from tmljax.model.interaction import Definition
 from tmljax.sharding import batch_sharding, make_mesh, param_shardings
 from tmljax.train.objective import objective
 
-STREAM = config.Stream(vocab_size=320)
+STREAM = config.Stream(video_every=2, vocab_size=320)
 MODEL = config.Model(
     d_model=32, layers=2, heads=4, kv_heads=2, head_dim=8, window=4,
     moe=config.Moe(experts=8, top_k=2, expert_width=16, shared_width=16, block_rows=8),

@@ -1,0 +1,142 @@
+import sys
+
+import pytest
+from absl import flags
+
+from launch import verb
+from tmljax.config import UserError
+
+CONFIG = """
+from tmljax.config import Experiment, to_config_dict
+
+def get_config(dial="1"):
+    config = to_config_dict(Experiment())
+    config.model.layers = int(dial)
+    return config
+"""
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(CONFIG)
+    return str(path)
+
+
+@pytest.fixture
+def own_flags(monkeypatch):
+    """Flags of one verb, as in a process of its own."""
+    values = flags.FlagValues()
+    monkeypatch.setattr(flags, "FLAGS", values)
+    define = {"DEFINE_string": flags.DEFINE_string, "DEFINE_multi_string": flags.DEFINE_multi_string}
+    for name, function in define.items():
+        monkeypatch.setattr(flags, name, lambda *a, f=function, **k: f(*a, flag_values=values, **k))
+    verb.define_config()
+    flags.DEFINE_string("workdir", None, "where it goes", required=True)
+    return values
+
+
+def run(*arguments, main=lambda argv: None):
+    return verb.run(main, ["verb", *arguments])
+
+
+def test_overrides_reach_the_experiment(own_flags, config_file):
+    seen = []
+    overrides = ["--config.model.d_model=64", "--config.model.moe.capacity_factor=1.5", "--config.data.name=7"]
+    more = ["--config.optimizer.name", "muon", "--config.data.mixture.pause=2", "--config.loss.idle=1"]
+    code = run(
+        f"--config={config_file}:3", "--workdir=w", *overrides, *more, main=lambda _: seen.append(verb.experiment())
+    )
+    assert code == 0
+    (experiment,) = seen
+    assert (experiment.model.layers, experiment.model.d_model, experiment.model.moe.capacity_factor) == (3, 64, 1.5)
+    assert (experiment.data.name, experiment.optimizer.name, experiment.loss.idle) == ("7", "muon", 1.0)
+    assert experiment.data.mixture == {"pause": 2.0}
+
+
+def test_none_and_whole_groups_can_be_given(own_flags, config_file):
+    seen = []
+    given = ["--config.model.moe.capacity_factor=None", "--config.data.mixture={'pause': 1.0}"]
+    run(f"--config={config_file}", "--workdir=w", *given, main=lambda _: seen.append(verb.experiment()))
+    assert seen[0].model.moe.capacity_factor is None
+    assert seen[0].data.mixture == {"pause": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--config.model.d_modle=3"], "config.model.d_modle does not exist; did you mean d_model?"),
+        (["--config.modle.d_model=3"], "config.modle does not exist; did you mean model?"),
+        (["--config.model.d_model=3.5"], "config.model.d_model must be int, got float 3.5"),
+        (["--config.model.d_model=abc"], "config.model.d_model must be int, got str 'abc'"),
+        (["--config.model.d_model.x=1"], "config.model.d_model is a value, so config.model.d_model.x does not exist"),
+        (["--config.model.moe=3"], "config.model.moe is a group of fields"),
+        (["--config.optimizer.name=sgd"], "config.optimizer.name='sgd' must be one of 'adamw', 'muon'"),
+        (["--config.model.d_model"], "--config.model.d_model needs a value"),
+        (["--wrkdir=x"], "Unknown command line flag 'wrkdir'. Did you mean: workdir ?"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_2(own_flags, config_file, capfd, arguments, said):
+    assert run(f"--config={config_file}", "--workdir=w", *arguments, main=lambda _: verb.experiment() and None) == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert len(err.splitlines()) == 1
+    assert err.startswith("error: ")
+    assert said in err
+
+
+def test_a_missing_flag_is_named(own_flags, config_file, capfd):
+    assert run(f"--config={config_file}") == 2
+    assert capfd.readouterr().err == "error: --workdir is missing; see --help\n"
+
+
+def test_a_missing_config_file_names_the_nearest(own_flags, config_file, capfd):
+    assert (
+        run(f"--config={config_file.replace('mine', 'mime')}", "--workdir=w", main=lambda _: verb.experiment() and None)
+        == 2
+    )
+    assert f"did you mean {config_file}?" in capfd.readouterr().err
+
+
+def test_a_config_file_that_fails_names_its_line(own_flags, tmp_path, capfd):
+    path = tmp_path / "bad.py"
+    path.write_text("def get_config():\n    return undefined_name\n")
+    assert run(f"--config={path}", "--workdir=w", main=lambda _: verb.experiment() and None) == 2
+    assert f"{path}:2 fails: NameError" in capfd.readouterr().err
+
+
+def test_help_names_the_flags_and_exits_0(own_flags, capfd):
+    assert run("--help") == 0
+    out = capfd.readouterr().out
+    assert "--config" in out
+    assert sys.modules[__name__].__doc__ is None or sys.modules[__name__].__doc__ in out
+
+
+def raising(error):
+    def main(argv):
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (UserError("the cause\nand the remedy"), 2, "error: the cause and the remedy\n"),
+        (KeyboardInterrupt(), 130, "\ninterrupted\n"),
+        (OSError(28, "No space left on device", "metrics.jsonl"), 2, "error: metrics.jsonl: No space left on device\n"),
+        (PermissionError(13, "Permission denied", "/x"), 2, "error: /x: Permission denied\n"),
+    ],
+)
+def test_exit_codes(own_flags, config_file, capfd, error, code, said):
+    assert run(f"--config={config_file}", "--workdir=w", main=raising(error)) == code
+    assert capfd.readouterr().err == said
+
+
+def test_our_own_mistakes_keep_their_traceback(own_flags, config_file):
+    with pytest.raises(ZeroDivisionError):
+        run(f"--config={config_file}", "--workdir=w", main=lambda _: 1 // 0)
+
+
+def test_the_exit_code_of_main_is_that_of_the_verb(own_flags, config_file):
+    assert run(f"--config={config_file}", "--workdir=w", main=lambda _: 130) == 130

@@ -1,0 +1,246 @@
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from tests.train import toy
+from tmljax import checkpoint
+from tmljax.config import UserError, to_json
+from tmljax.fingerprint import compare, fingerprints, host_fingerprints
+from tmljax.sharding import batch_sharding, make_mesh
+from tmljax.stream.text import Tokenizer
+from tmljax.train.feed import to_devices
+from tmljax.train.step import make_program
+
+EXPERIMENT = toy.experiment()
+
+
+def tree():
+    """Every dtype that a state holds, in classes that a plain dict cannot hold."""
+    mu = {"w": jax.random.normal(jax.random.key(0), (16, 5, 3)), "b": jnp.arange(7.0)}
+    return mu, ({"mu": mu, "nu": jax.tree.map(lambda x: x.astype(jnp.bfloat16), mu)}, [jnp.int32(3)], None)
+
+
+def as_target(tree, sharding=None):
+    sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+
+def save(workdir, *steps_and_losses, keep=2):
+    """Saves the tree at each step as a run that ends after each would."""
+    params, optimizer = tree()
+    checkpoint.keep_config(workdir, EXPERIMENT)
+    for step, loss in steps_and_losses:
+        saver = checkpoint.Checkpoints(workdir, keep)
+        saver.save(step, params, optimizer, {"taken": step}, EXPERIMENT, loss)
+        saver.close()
+
+
+def same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_everything_comes_back_to_the_bit(tmp_path):
+    save(tmp_path, (5, None))
+    params, optimizer = tree()
+    restored = checkpoint.resume(tmp_path, as_target(params), as_target(optimizer))
+    assert (restored.step, restored.iterator) == (5, {"taken": 5})
+    same((restored.params, restored.optimizer), (params, optimizer))
+    assert jax.tree.map(lambda x: x.dtype, restored.optimizer) == jax.tree.map(lambda x: x.dtype, optimizer)
+
+
+def test_what_is_saved_is_the_step_though_the_next_one_takes_its_buffers(tmp_path):
+    advance = jax.jit(lambda x: jax.tree.map(lambda leaf: leaf + 1, x), donate_argnums=0)
+    state = {"w": jnp.zeros((500, 1000))}
+    saver = checkpoint.Checkpoints(tmp_path, 3)
+    for step in (1, 2, 3):
+        state = advance(state)
+        saver.save(step, state, {}, None, EXPERIMENT)
+        for _ in range(50):  # while the save is under way
+            state = advance(state)
+    saver.close()
+    for step, expected in ((1, 1), (2, 52), (3, 103)):
+        params, _ = checkpoint.read_params(tmp_path, step)
+        np.testing.assert_array_equal(params["w"], expected)
+
+
+def test_restored_on_another_mesh_the_loss_is_the_same(tmp_path):
+    toy.run(tmp_path, toy.experiment(4))
+    losses = []
+    for sizes, devices in (({}, 1), ({"data": 8}, 8), ({"data": 2, "fsdp": 2, "expert": 2}, 8)):
+        experiment = toy.experiment(4, mesh=sizes)
+        mesh = make_mesh(experiment.mesh, jax.devices()[:devices])
+        program = make_program(experiment, toy.Definition(), toy.objective, mesh)
+        abstract = program.abstract
+        targets = abstract.params, (abstract.optimizer, abstract.step, abstract.skipped)
+        restored = checkpoint.resume(tmp_path, *targets)
+        for leaf, target in zip(jax.tree.leaves(restored.params), jax.tree.leaves(abstract.params), strict=True):
+            assert leaf.sharding == target.sharding
+        batch = to_devices(next(toy.Source(8)), batch_sharding(mesh))
+        losses.append(float(program.evaluate(restored.params, batch)["loss/total"]))
+    np.testing.assert_allclose(losses, losses[0], rtol=1e-6)
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path):
+    losses = {1: 3.0, 2: 1.0, 3: None, 4: 5.0, 5: 2.0, 6: float("nan"), 7: None}
+    save(tmp_path, *losses.items())
+    assert checkpoint.steps(tmp_path) == [2, 6, 7]
+    assert checkpoint.best_step(tmp_path) == 2
+    save(tmp_path, (8, 0.5), (9, None), (10, None))
+    assert checkpoint.steps(tmp_path) == [8, 9, 10]
+    assert checkpoint.best_step(tmp_path) == 8
+
+
+def test_without_a_held_out_loss_there_is_no_best(tmp_path):
+    save(tmp_path, (1, None))
+    assert checkpoint.best_step(tmp_path) is None
+
+
+def test_serving_gets_experiment_tokenizer_and_numpy_parameters(tmp_path):
+    tokenizer = Tokenizer.train(["one two three", "four five"], 300)
+    tokenizer.save(tmp_path / "tokenizer.json")
+    save(tmp_path, (1, None), (2, None))
+    experiment, found, params = checkpoint.load_for_serving(tmp_path)
+    assert experiment == EXPERIMENT
+    assert found.to_json() == tokenizer.to_json()
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(params))
+    same(params, tree()[0])
+    same(checkpoint.load_for_serving(tmp_path, 1)[2], tree()[0])
+
+
+def biggest_file(folder):
+    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def damage(path, how):
+    data = bytearray(path.read_bytes())
+    if how == "cut":
+        path.write_bytes(data[: len(data) // 2])
+    elif how == "bit":
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    else:
+        path.unlink()
+
+
+@pytest.mark.parametrize("how", ["cut", "bit", "gone"])
+def test_serving_passes_a_damaged_checkpoint_over_and_says_so(tmp_path, capfd, how):
+    save(tmp_path, (1, None), (2, None))
+    manifest = tmp_path / checkpoint.FOLDER / "2" / "params" / "manifest.ocdbt"
+    damage(manifest if how == "gone" else biggest_file(manifest.parent / "d"), how)
+    assert checkpoint.latest_complete(tmp_path) == 1
+    said = capfd.readouterr().err.strip().splitlines()
+    assert len(said) == 1
+    assert said[0].startswith("checkpoint 2 is damaged")
+    assert said[0].endswith("using checkpoint 1")
+
+
+def test_resuming_sets_a_damaged_checkpoint_aside_so_that_its_step_can_be_written_again(tmp_path, capfd):
+    save(tmp_path, (1, None), (2, None))
+    damage(biggest_file(tmp_path / checkpoint.FOLDER / "2" / "optimizer" / "d"), "bit")
+    targets = [as_target(part) for part in tree()]
+    assert checkpoint.resume(tmp_path, *targets).step == 1
+    assert "checkpoint 2 is damaged" in capfd.readouterr().err
+    assert checkpoint.steps(tmp_path) == [1]
+    assert (tmp_path / checkpoint.FOLDER / "2.damaged").is_dir()
+    save(tmp_path, (2, None))
+    assert checkpoint.resume(tmp_path, *targets).step == 2
+
+
+def test_when_all_are_damaged_nothing_is_touched_and_nothing_starts_anew(tmp_path):
+    save(tmp_path, (1, None), (2, None))
+    for step in ("1", "2"):
+        (tmp_path / checkpoint.FOLDER / step / "progress" / "metadata").write_text("{")
+    for act in (
+        lambda: checkpoint.resume(tmp_path, *[as_target(part) for part in tree()]),
+        lambda: checkpoint.latest_complete(tmp_path),
+    ):
+        with pytest.raises(UserError, match=r"checkpoint 2 of .* cannot be read .* nor can 1"):
+            act()
+    assert checkpoint.steps(tmp_path) == [1, 2]
+
+
+def test_a_save_cut_short_is_removed_and_said_so(tmp_path, capfd):
+    save(tmp_path, (1, None))
+    (tmp_path / checkpoint.FOLDER / "2.orbax-checkpoint-tmp").mkdir()
+    assert checkpoint.latest_complete(tmp_path) == 1
+    assert checkpoint.resume(tmp_path, *[as_target(part) for part in tree()]).step == 1
+    assert "checkpoint 2 was being written" in capfd.readouterr().err
+    assert [p.name for p in (tmp_path / checkpoint.FOLDER).iterdir()] == ["1"]
+
+
+def test_no_checkpoint_is_a_users_error_for_those_who_need_one(tmp_path):
+    assert checkpoint.resume(tmp_path, {}, {}) is None
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        checkpoint.latest_complete(tmp_path)
+    with pytest.raises(UserError, match="there is no such folder"):
+        checkpoint.latest_complete(tmp_path / "absent")
+    save(tmp_path, (3, None))
+    with pytest.raises(UserError, match=r"no checkpoint of step 4; it has \[3\]"):
+        checkpoint.load_for_serving(tmp_path, 4)
+
+
+def test_config_json_is_the_exact_config_and_may_change_until_there_is_a_checkpoint(tmp_path):
+    other = toy.experiment(data={"seed": 9})
+    checkpoint.keep_config(tmp_path, EXPERIMENT)
+    checkpoint.keep_config(tmp_path, other)
+    assert (tmp_path / checkpoint.CONFIG).read_text() == to_json(other)
+
+
+@pytest.mark.parametrize(
+    ("fields", "refused"),
+    [
+        (
+            {"train": {"steps": 99, "log_every": 1, "save_every": 1, "keep": 9, "eval_every": 1, "eval_batches": 9}},
+            None,
+        ),
+        ({"mesh": {"fsdp": 2}, "data": {"root": "elsewhere", "workers": 3}}, None),
+        ({"train": {"seed": 1}}, "config.train.seed was 0, now 1"),
+        ({"data": {"name": "other"}}, "config.data.name was 'duplex', now 'other'"),
+        ({"model": {"moe": {"experts": 16}}}, "config.model.moe.experts was 8, now 16"),
+        ({"data": {"mixture": {"pause": 1.0}}}, "config.data.mixture.pause was None, now 1.0"),
+    ],
+)
+def test_only_what_changes_no_number_may_change_on_resume(tmp_path, fields, refused):
+    save(tmp_path, (1, None))
+    changed = toy.experiment(**fields)
+    if refused is None:
+        checkpoint.keep_config(tmp_path, changed)
+        assert (tmp_path / checkpoint.CONFIG).read_text() == to_json(changed)
+        return
+    with pytest.raises(UserError) as e:
+        checkpoint.keep_config(tmp_path, changed)
+    assert refused in str(e.value)
+    assert (tmp_path / checkpoint.CONFIG).read_text() == to_json(EXPERIMENT)
+
+
+def test_fingerprints_do_not_depend_on_the_sharding_or_the_machine():
+    plain = tree()[0] | {"bool": jnp.array([True, False]), "half": jnp.arange(6, dtype=jnp.bfloat16).reshape(2, 3)}
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("a", "b"))
+    expected = fingerprints(plain)
+    assert host_fingerprints(jax.tree.map(np.asarray, plain)) == expected
+    for spec in (P(), P("a"), P(("a", "b")), P("b")):
+        assert fingerprints({"w": jax.device_put(plain["w"], NamedSharding(mesh, spec))})["w"] == expected["w"]
+
+
+def test_fingerprints_see_a_bit_and_a_swap():
+    x = np.arange(12, dtype=np.float32)
+    swapped, flipped = x.copy(), x.copy()
+    swapped[[3, 8]] = swapped[[8, 3]]
+    flipped.view(np.uint32)[5] ^= 1
+    saved = host_fingerprints({"x": x})
+    compare(host_fingerprints({"x": x.copy()}), saved)
+    for other in ({"x": swapped}, {"x": flipped}, {"x": -x}, {"y": x}, {}):
+        with pytest.raises(ValueError, match="is not what was saved"):
+            compare(host_fingerprints(other), saved)
+
+
+def test_progress_is_plain_json_that_names_the_config(tmp_path):
+    save(tmp_path, (1, None))
+    progress = json.loads((tmp_path / checkpoint.FOLDER / "1" / "progress" / "metadata").read_text())
+    assert progress["config"] == dataclasses.asdict(EXPERIMENT)
