@@ -60,7 +60,7 @@ def test_what_is_saved_is_the_step_though_the_next_one_takes_its_buffers(tmp_pat
     saver = checkpoint.Checkpoints(tmp_path, 3)
     for step in (1, 2, 3):
         state = advance(state)
-        saver.save(step, state, {}, None, EXPERIMENT)
+        saver.save(step, state, {"count": jnp.int32(step)}, None, EXPERIMENT)
         for _ in range(50):  # while the save is under way
             state = advance(state)
     saver.close()
@@ -220,7 +220,7 @@ def test_only_what_changes_no_number_may_change_on_resume(tmp_path, fields, refu
 
 
 def test_fingerprints_do_not_depend_on_the_sharding_or_the_machine():
-    plain = tree()[0] | {"bool": jnp.array([True, False]), "half": jnp.arange(6, dtype=jnp.bfloat16).reshape(2, 3)}
+    plain = tree()[0] | {"half": jnp.arange(6, dtype=jnp.bfloat16).reshape(2, 3)}
     mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("a", "b"))
     expected = fingerprints(plain)
     assert host_fingerprints(jax.tree.map(np.asarray, plain)) == expected

@@ -222,7 +222,7 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
         return {str(k): _convert(args[1], v, f"{path}.{k}") for k, v in value.items()}
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if not isinstance(value, kind) or isinstance(value, bool) and kind is not bool:
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise UserError(f"{path} must be {kind.__name__}, got {type(value).__name__} {value!r}")
     return value
 
@@ -256,7 +256,8 @@ def validate(experiment: Experiment) -> None:
     require(data.batch >= 1, "config.data.batch must be at least 1")
     require(
         data.batch % experiment.optimizer.accumulate == 0,
-        f"config.data.batch={data.batch} must be a multiple of config.optimizer.accumulate={experiment.optimizer.accumulate}",
+        f"config.data.batch={data.batch} must be a multiple of "
+        f"config.optimizer.accumulate={experiment.optimizer.accumulate}",
     )
     require(train.steps >= 1, "config.train.steps must be at least 1")
     require(train.keep >= 1, "config.train.keep must be at least 1")

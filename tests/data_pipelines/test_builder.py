@@ -165,7 +165,9 @@ def test_building_again_does_nothing(built):
 def test_another_config_in_the_same_place_is_an_error(built):
     wanted, _ = built
     other = dataclasses.replace(
-        wanted, data=dataclasses.replace(wanted.data, seed=7), stream=Stream(video_every=Stream().video_every + 1, video_height=80)
+        wanted,
+        data=dataclasses.replace(wanted.data, seed=7),
+        stream=Stream(video_every=Stream().video_every + 1, video_height=80),
     )
     for use in (lambda: builder.build(other, progress=False), lambda: builder.open_split(other, "train")):
         with pytest.raises(UserError) as error:

@@ -49,9 +49,7 @@ def test_histogram_fills_every_bin_touched():
 
 def test_distance_by_hand():
     """Two bins: p = (1, 0), q = (1/2, 1/2), m = (3/4, 1/4): sqrt of half of KL(p|m) + KL(q|m), natural logarithm."""
-    wanted = math.sqrt(
-        0.5 * (math.log(4 / 3) + 0.5 * math.log((1 / 2) / (3 / 4)) + 0.5 * math.log((1 / 2) / (1 / 4)))
-    )
+    wanted = math.sqrt(0.5 * (math.log(4 / 3) + 0.5 * math.log((1 / 2) / (3 / 4)) + 0.5 * math.log((1 / 2) / (1 / 4))))
     assert distance([(0.05, 0.1)], 0.3, [0.5, 0.5]) == pytest.approx(wanted, abs=1e-4)
     assert distance([(0.05, 0.1)], 0.3, [1.0, 0.0]) == pytest.approx(0.0, abs=1e-4)
     assert distance([], 0.3, [0.5, 0.5]) == 1.0

@@ -78,9 +78,7 @@ def test_interruption_crops_first():
     assert after_interruption(words, 5.75) == [
         Word("four", 5.75, 6.0), Word("five", 6.0, 6.5), Word("six", 6.5, 7.0),
     ]  # fmt: skip
-    made = session(
-        reply(2.0, 4.5), {"kind": "yield", "at": 4.5, "end": 5.75}, reply(5.75, 10.0), family="interruption"
-    )
+    made = session(reply(2.0, 4.5), {"kind": "yield", "at": 4.5, "end": 5.75}, reply(5.75, 10.0), family="interruption")
     talked_through = values(take_over.measure([item(made, words)]))
     assert talked_through["interruption_take_over"] == [1.0]  # 1.25 s are left after the crop
     assert talked_through["interruption_latency"] == [0.0]

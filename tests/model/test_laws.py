@@ -14,7 +14,13 @@ from tmljax.model.interaction import Definition
 from tmljax.ops.flow import normalise
 
 STREAM = config.Stream(
-    frames_per_slot=4, video_height=80, patches_per_slot=2, video_every=2, user_text_slots=2, model_text_slots=2, vocab_size=320
+    frames_per_slot=4,
+    video_height=80,
+    patches_per_slot=2,
+    video_every=2,
+    user_text_slots=2,
+    model_text_slots=2,
+    vocab_size=320,
 )
 MODEL = config.Model(
     d_model=32, layers=2, heads=4, kv_heads=2, head_dim=8, window=5,
@@ -94,7 +100,7 @@ def test_causality(params, batch, kind):
     """The gradient of an output with respect to anything after its inputs is exactly zero, per stream."""
     t, layout = 16, DEFINITION.layout
     model = DEFINITION.bind(params)
-    x_BTSD, present_BTS = model.weave(batch)
+    x_BTSD, _ = model.weave(batch)
     B, _, S, D = x_BTSD.shape
 
     def output(x_BTSD):

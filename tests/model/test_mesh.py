@@ -69,9 +69,10 @@ def test_mesh_parity(params, batch, alone, sizes):
 
 def test_a_dimension_that_does_not_divide_is_named():
     mesh = make_mesh(config.Mesh(data=1, expert=1, tensor=8, fsdp=1))
+    model = config.Model(d_model=32, heads=8, kv_heads=8, head_dim=8, moe=config.Moe(expert_width=12))
+    narrow = Definition(STREAM, model)
     with pytest.raises(config.UserError, match=r"config\.mesh\.tensor=8 .* width dimension of 12"):
-        model = config.Model(d_model=32, heads=8, kv_heads=8, head_dim=8, moe=config.Moe(expert_width=12))
-        param_shardings(mesh, Definition(STREAM, model).axes(), Definition(STREAM, model).abstract())
+        param_shardings(mesh, narrow.axes(), narrow.abstract())
 
 
 def test_devices_that_the_mesh_does_not_use_are_named():

@@ -121,10 +121,7 @@ def measure(items: Sequence[Item], references: Mapping[str, Sequence[float]] | N
             "backchannel_distance",
             "distance",
             "lower",
-            (
-                (i, distance(v.events, s, chosen.get(i.session.id, reference_of(i, t))))
-                for i, t, v, s in verdicts
-            ),
+            ((i, distance(v.events, s, chosen.get(i.session.id, reference_of(i, t)))) for i, t, v, s in verdicts),
         ),
         *gather("backchannel_in_window", "rate", "higher", ((i, hit(i, w)) for i, w in windows)),
         *gather("backchannel_stray", "1/min", "lower", ((i, strays(i, t)) for i, t in listening)),

@@ -59,9 +59,7 @@ def panel(title: str, trained: Points, held_out: Points) -> str:
     parts.append(f'<text class="faint" x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end">step {last:,.0f}</text>')
     parts.append(f'<polyline class="raw" points="{" ".join(spot(*p) for p in thin(trained))}"/>')
     parts.append(f'<polyline class="smooth" points="{" ".join(spot(*p) for p in thin(smooth(trained)))}"/>')
-    parts += [
-        f'<circle class="held" cx="{x}" cy="{y}" r="3"/>' for p in held_out for x, y in [spot(*p).split(",")]
-    ]
+    parts += [f'<circle class="held" cx="{x}" cy="{y}" r="3"/>' for p in held_out for x, y in [spot(*p).split(",")]]
     parts.append(f'<text class="faint" x="{WIDTH - RIGHT}" y="15" text-anchor="end">{trained[-1][1]:.3g}</text>')
     return svg(WIDTH, HEIGHT, "".join(parts), f"{title} over steps")
 

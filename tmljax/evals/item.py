@@ -138,9 +138,7 @@ def samples_of(seconds: float) -> int:
     return round(seconds * SAMPLE_RATE)
 
 
-def gather(
-    name: str, unit: Any, better: Any, pairs: Iterable[tuple[Item, float | bool | None]]
-) -> list[Measurement]:
+def gather(name: str, unit: Any, better: Any, pairs: Iterable[tuple[Item, float | bool | None]]) -> list[Measurement]:
     """A list with one Measurement, or an empty one where no item had the expectation."""
     values = tuple(Value(i.session.id, None if v is None else float(v)) for i, v in pairs)
     return [Measurement(name, values, unit, better)] if values else []

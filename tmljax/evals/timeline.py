@@ -199,7 +199,7 @@ def truth_lane(marks: Sequence[Mark], y: int) -> tuple[str, int]:
         room = int((length(mark) - 8) / LETTER)
         shown = mark.label if len(mark.label) <= room else mark.label[: max(room - 1, 0)] + "…" if room > 3 else ""
         parts.append(
-            f'<g><title>{escape(mark.label)} ({mark.start:.2f} to {mark.end:.2f} s)</title>'
+            f"<g><title>{escape(mark.label)} ({mark.start:.2f} to {mark.end:.2f} s)</title>"
             f'<rect class="bar {mark.kind}" x="{place(mark.start)}" y="{top}" width="{length(mark)}" height="{BAR}" '
             'rx="3"/>'
             f'<text class="on" x="{place(mark.start) + 4}" y="{top + 11.5}">{escape(shown)}</text></g>'

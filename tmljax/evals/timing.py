@@ -149,9 +149,7 @@ def measure(items: Sequence[Item]) -> list[Measurement]:
     acts = [(i, behaviour(i)) for i in paired]
     stops = [(i, e - s) for i in paired for s, e in stop_intervals(i.user_segments, i.model_segments)]
     gaps = [(i, e - s) for i in paired for s, e in response_intervals(i.user_segments, i.model_segments)]
-    clean = [
-        (i, e - s) for i in paired for s, e in response_intervals(clean_user_segments(i), i.clean_segments or [])
-    ]
+    clean = [(i, e - s) for i in paired for s, e in response_intervals(clean_user_segments(i), i.clean_segments or [])]
     return [
         *gather("overlap_stop_latency", "s", "lower", stops),
         *gather("overlap_response_latency", "s", "lower", gaps),

@@ -58,7 +58,7 @@ def write(
     ring: Ring, layer: jax.Array, k_NnKh: jax.Array, v_NnKh: jax.Array, time_Nn: jax.Array, slot_n: jax.Array
 ) -> tuple[jax.Array, jax.Array, Ring]:
     """Puts one layer's keys and values in place; returns all of that layer's, [N, R*S, K, h], and the ring."""
-    L, N, R, S, K, h = ring.k_LNRSKh.shape
+    _, N, R, S, K, h = ring.k_LNRSKh.shape
     at = (layer, jnp.arange(N)[:, None], time_Nn % R, slot_n[None])
     k_LNRSKh = ring.k_LNRSKh.at[at].set(k_NnKh.astype(ring.k_LNRSKh.dtype))
     v_LNRSKh = ring.v_LNRSKh.at[at].set(v_NnKh.astype(ring.v_LNRSKh.dtype))

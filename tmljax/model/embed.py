@@ -47,7 +47,9 @@ class PatchEmbed(nnx.Module):
         w = d_model // 4
         self.pixels = dense(rngs, (4 * 4 * 3, w), ("input", "small"), fan_in=48)
         self.merge = dense(rngs, (2 * 2 * w, w), ("input", "small"), fan_in=4 * w)
-        self.last = dense(rngs, (self.per_slot, 25 * w, d_model), ("small", "input", "embed"), fan_in=25 * w * self.per_slot)
+        self.last = dense(
+            rngs, (self.per_slot, 25 * w, d_model), ("small", "input", "embed"), fan_in=25 * w * self.per_slot
+        )
 
     def __call__(self, patch_BNPX: jax.Array) -> jax.Array:
         """uint8 [B, N, P, 4800] -> [B, N, S, D]."""

@@ -74,7 +74,12 @@ def room_per_member(tokens: int, top_k: int, experts: int, members: int, capacit
 
 
 def apply_experts(
-    x_ND: jax.Array, routing: Routing, experts: Experts, local: LocalExperts, capacity_factor: float | None, mesh: Mesh | None
+    x_ND: jax.Array,
+    routing: Routing,
+    experts: Experts,
+    local: LocalExperts,
+    capacity_factor: float | None,
+    mesh: Mesh | None,
 ) -> tuple[jax.Array, jax.Array]:
     """Routed experts on all tokens. Returns ([N, D], dropped assignments as a float32 scalar).
 

@@ -70,7 +70,7 @@ def flow_loss(
     of each (MAR, arXiv 2406.11838: the head is small against the trunk).
     """
     k_pick, k_noise, k_time = jax.random.split(key, 3)
-    flow, (B, T, S, D) = model.model.flow, condition_BTSD.shape
+    flow, (B, T, S, _) = model.model.flow, condition_BTSD.shape
     picks = max(1, round(flow.share * T))
     score_BT = speaks_BT + 0.5 * jax.random.uniform(k_pick, (B, T))
     _, pick_Bt = jax.lax.top_k(score_BT, picks)
