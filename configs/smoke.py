@@ -15,7 +15,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.name = "smoke"
     config.data.train_hours = 0.05
     config.data.test_per_family = 2
-    config.data.window = 40
+    config.data.window = 42
     config.data.batch = 8
     config.optimizer.warmup = 5
     config.train.steps = 20

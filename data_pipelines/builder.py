@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import functools
 import io
 import json
@@ -146,16 +147,13 @@ def build(experiment: Experiment, progress: bool = True, workers: int | None = N
     Raises UserError when root/name was built with another config, or the disk is full.
     """
     began, home = time.monotonic(), folder(experiment)
-    planned = shards(experiment)
+    shards(experiment)  # an impossible plan fails before anything is touched
     try:
         _claim(home, experiment)
         rendered = 0.0
-        if not (home / "summary.json").exists():
-            staging = home / STAGING
-            staging.mkdir(exist_ok=True)
-            missing = [shard for shard in planned if not (staging / f"{shard.name}.json").exists()]
-            rendered = _render_all(experiment, missing, staging, count_sessions(experiment), progress, workers)
-            _finish(experiment, planned, staging)
+        if not _is_done(home):
+            with _alone(home / STAGING):
+                rendered = _prepare(experiment, progress, workers)
         shutil.rmtree(home / STAGING, ignore_errors=True)
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -163,6 +161,32 @@ def build(experiment: Experiment, progress: bool = True, workers: int | None = N
         raise UserError(f"cannot write the dataset: {e}") from None
     counts = json.loads((home / "summary.json").read_text())
     return Summary(home, counts["sessions"], counts["seconds"], rendered, time.monotonic() - began)
+
+
+def _prepare(experiment: Experiment, progress: bool, workers: int | None) -> float:
+    """Renders what is missing and finishes; returns the seconds of conversation rendered."""
+    home, planned = folder(experiment), shards(experiment)
+    if _is_done(home):  # by the process that we waited for
+        return 0.0
+    staging = home / STAGING
+    missing = [shard for shard in planned if not (staging / f"{shard.name}.json").exists()]
+    rendered = _render_all(experiment, missing, staging, progress, workers)
+    _finish(experiment, planned, staging)
+    return rendered
+
+
+@contextlib.contextmanager
+def _alone(staging: Path) -> Iterator[None]:
+    """One process builds at a time; another one waits for it here."""
+    staging.mkdir(exist_ok=True)
+    with open(staging / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        staging.mkdir(exist_ok=True)
+        yield
+
+
+def _is_done(home: Path) -> bool:
+    return (home / "summary.json").exists()
 
 
 def _claim(home: Path, experiment: Experiment) -> None:
@@ -200,12 +224,11 @@ def _render_all(
     experiment: Experiment,
     missing: Sequence[Shard],
     staging: Path,
-    counts: dict[str, int],
     progress: bool,
     workers: int | None,
 ) -> float:
     """Renders shards on all cores; returns the seconds of conversation rendered."""
-    total, rendered = sum(counts.values()), 0.0
+    total, rendered = sum(count_sessions(experiment).values()), 0.0
     workers = min(workers or len(os.sched_getaffinity(0)), len(missing))
     bar = tqdm(
         total=total,
@@ -348,7 +371,7 @@ def open_split(experiment: Experiment, split: str) -> Sessions:
     home = folder(experiment)
     if split not in SPLITS:
         raise UserError(f"there is no split {split}; the splits are {', '.join(SPLITS)}")
-    if not (home / "summary.json").exists():
+    if not _is_done(home):
         raise UserError(f"{home} holds no prepared dataset; run python -m launch.data with this config first")
     _claim(home, experiment)
     return Sessions(experiment, split)

@@ -15,10 +15,9 @@ import math
 import os
 import shutil
 import tempfile
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -249,22 +248,18 @@ def _espeak() -> Espeak:
 
 
 class Voices:
-    """Everybody who can speak in this process; recent utterances are remembered, the model's replies repeat."""
+    """Everybody who can speak in this process; what was said lately is remembered, for the model's replies repeat."""
 
-    def __init__(self, remembered: int = 2048) -> None:
+    def __init__(self, replies: int = 512, utterances: int = 16) -> None:
         self._espeak = _espeak()
-        self._said: OrderedDict[tuple[str, Speaker], Utterance] = OrderedDict()
-        self._remembered = remembered
+        self._replies = lru_cache(replies)(self._say)
+        self._utterances = lru_cache(utterances)(self._say)
+
+    def _say(self, text: str, speaker: Speaker) -> Utterance:
+        return self._espeak.say(text, speaker, SOUNDS | LETTER_SOUNDS if speaker == MODEL else SOUNDS)
 
     def say(self, text: str, speaker: Speaker) -> Utterance:
-        key = (text, speaker)
-        if key not in self._said:
-            sounds = SOUNDS | LETTER_SOUNDS if speaker == MODEL else SOUNDS
-            self._said[key] = self._espeak.say(text, speaker, sounds)
-            if len(self._said) > self._remembered:
-                self._said.popitem(last=False)
-        self._said.move_to_end(key)
-        return self._said[key]
+        return (self._replies if speaker == MODEL else self._utterances)(text, speaker)
 
     def voice(self, speaker: Speaker) -> Voice:
         return _Person(self, speaker)

@@ -103,7 +103,7 @@ def test_what_is_written(exported, params, tokenizer):
     assert manifest["inputs"]["user_dmel"] == {"shape": [1, 8, 80], "dtype": "uint8"}
     assert manifest["versions"]["jax"] == jax.__version__
     weights = load_file(exported / "weights.safetensors")
-    for name, leaf in weights_of(params).items():
+    for name, leaf in weights_of(params, MODEL).items():
         np.testing.assert_array_equal(weights[name], leaf)
     assert manifest["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(params))
     assert config.from_json((exported / "config.json").read_text()) == EXPERIMENT
@@ -205,4 +205,19 @@ def test_a_failed_export_leaves_all_as_it_was(copied, params, tokenizer, monkeyp
     with pytest.raises(raised, match=message):
         export.export(copied, EXPERIMENT, tokenizer, params, step=99)
     assert {file.name: file.read_bytes() for file in copied.iterdir()} == before
+    assert [f.name for f in copied.parent.iterdir()] == ["copy"]
+
+
+def test_an_export_that_cannot_take_its_place_gives_the_old_one_back(copied, params, tokenizer, monkeypatch):
+    rename = Path.rename
+
+    def refuse_new(self, target):
+        if self.name.endswith(".partial"):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refuse_new)
+    with pytest.raises(UserError, match="Permission denied"):
+        export.export(copied, EXPERIMENT, tokenizer, params, step=99)
+    assert bundle.read_manifest(copied)["step"] == 12
     assert [f.name for f in copied.parent.iterdir()] == ["copy"]

@@ -12,16 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from tmljax import checkpoint
-from tmljax.config import Experiment
+from tmljax.config import Experiment, Model
 from tmljax.decode.engine import Arrays, Engine, compile_engine
 from tmljax.decode.tick import TickInput, init_state, tick
 from tmljax.model.interaction import definition
+from tmljax.model.trunk import unrolled
 from tmljax.stream.microturn import FRAMES, MEL, PATCH_VALUES, Layout
 from tmljax.stream.text import Tokenizer
 
+BLOCKS = "trunk.blocks."
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
@@ -48,9 +51,29 @@ def input_shapes(layout: Layout, sessions: int) -> dict[str, jax.ShapeDtypeStruc
     }
 
 
-def weights_of(params: Any) -> Arrays:
-    """Parameters under the names that the program has for them."""
-    return {name: np.asarray(leaf) for name, leaf in flatten(params).items()}
+def weights_of(params: Any, model: Model) -> Arrays:
+    """Parameters under the names that the program has for them: where the tick does not scan its layers, each is
+    an array of its own, which the compiled program reads in place."""
+    arrays = {name: np.asarray(leaf) for name, leaf in flatten(params).items()}
+    return {own: array[i] for name, array in arrays.items() for own, i in layer_names(name, model)}
+
+
+def layer_names(name: str, model: Model) -> list[tuple[str, Any]]:
+    """[("trunk.blocks.0.attention.q", 0), ...] of a stack of layers, and [(name, ...)] of anything else."""
+    if not name.startswith(BLOCKS) or not unrolled(model):
+        return [(name, ...)]
+    return [(f"{BLOCKS}{i}.{name.removeprefix(BLOCKS)}", i) for i in range(model.layers)]
+
+
+def stack_layers(params: Any, weights: dict[str, jax.Array], model: Model) -> Any:
+    """The parameters that `weights` are the parts of. XLA sees through it: nothing is copied."""
+
+    def whole(name: str) -> jax.Array:
+        parts = [weights[own] for own, _ in layer_names(name, model)]
+        return parts[0] if parts[0].ndim == flat[name].ndim else jnp.stack(parts)
+
+    flat = flatten(params)
+    return unflatten(params, {name: whole(name) for name in flat})
 
 
 def initial_state(experiment: Experiment, sessions: int) -> Arrays:
@@ -63,14 +86,19 @@ def lower_tick(experiment: Experiment, sessions: int, platforms: tuple[str, ...]
     params = model.abstract()
     state = jax.eval_shape(lambda: init_state(model, sessions))
 
+    shapes = {
+        own: leaf if at is ... else jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+        for name, leaf in flatten(params).items()
+        for own, at in layer_names(name, experiment.model)
+    }
+
     def step(weights: dict, state_arrays: dict, inputs: dict) -> tuple[dict, dict]:
-        new_state, output = tick(
-            model, unflatten(params, weights), unflatten(state, state_arrays), TickInput(**inputs), experiment.sampling
-        )
+        whole, before = stack_layers(params, weights, experiment.model), unflatten(state, state_arrays)
+        new_state, output = tick(model, whole, before, TickInput(**inputs), experiment.sampling)
         spoken = {"model_text": output.model_text, "model_mel": output.model_mel, "heard": output.heard}
         return flatten(new_state), spoken
 
-    arguments = flatten(params), flatten(state), input_shapes(model.layout, sessions)
+    arguments = shapes, flatten(state), input_shapes(model.layout, sessions)
     return jax.export.export(jax.jit(step), platforms=platforms)(*arguments)
 
 
@@ -79,7 +107,7 @@ def engine_from_params(
 ) -> Engine:
     """An engine of N slots around parameters at hand (a nested dict, from a checkpoint or of a model in training)."""
     program = lower_tick(experiment, sessions, PLATFORMS)
-    weights, state = weights_of(params), initial_state(experiment, sessions)
+    weights, state = weights_of(params, experiment.model), initial_state(experiment, sessions)
     return compile_engine(program, weights, state, experiment, tokenizer, step, name)
 
 

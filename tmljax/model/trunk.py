@@ -25,6 +25,13 @@ REMAT = {
 }
 
 
+UNROLLED = 16  # layers up to which the tick is not scanned: XLA:CPU copies each layer's weights out of the stack
+
+
+def unrolled(model: config.Model) -> bool:
+    return model.layers <= UNROLLED
+
+
 class Trunk(nnx.Module):
     def __init__(self, model: config.Model, rngs: nnx.Rngs):
         self.model = model
@@ -83,5 +90,5 @@ class Trunk(nnx.Module):
             return (x_NnD, rings[0]), None
 
         indices = jnp.arange(self.model.layers)
-        (x_NnD, ring), _ = jax.lax.scan(step, (x_NnD, ring), (stacked, indices))
+        (x_NnD, ring), _ = jax.lax.scan(step, (x_NnD, ring), (stacked, indices), unroll=unrolled(self.model))
         return rms_norm(x_NnD, self.norm[...]), ring

@@ -31,19 +31,27 @@ def every_expert(x_ND: jax.Array, expert_Nk: jax.Array, gate_Nk: jax.Array, expe
     """Returns [N, D]: the gated sum of the chosen experts' outputs."""
     E = experts.gate_EDW.shape[0]
     share_NE = jnp.sum(jax.nn.one_hot(expert_Nk, E, dtype=jnp.float32) * gate_Nk[..., None], axis=1)
-    a_ENW = jnp.einsum("ND,EDW->ENW", x_ND, experts.gate_EDW)
-    u_ENW = jnp.einsum("ND,EDW->ENW", x_ND, experts.up_EDW)
+    x_END = jnp.broadcast_to(x_ND[None], (E, *x_ND.shape))  # else XLA:CPU transposes all weights to free E
+    a_ENW = jnp.einsum("END,EDW->ENW", x_END, experts.gate_EDW)
+    u_ENW = jnp.einsum("END,EDW->ENW", x_END, experts.up_EDW)
     y_END = jnp.einsum("ENW,EWD->END", jax.nn.silu(a_ENW) * u_ENW, experts.down_EWD)
     return jnp.einsum("END,NE->ND", y_END, share_NE.astype(y_END.dtype))
 
 
 def gathered(x_ND: jax.Array, expert_Nk: jax.Array, gate_Nk: jax.Array, experts: Experts) -> jax.Array:
-    """As `every_expert`, reading only the chosen experts' weights."""
-    gate_NkDW, up_NkDW, down_NkWD = (w[expert_Nk] for w in experts)
-    a_NkW = jnp.einsum("ND,NkDW->NkW", x_ND, gate_NkDW)
-    u_NkW = jnp.einsum("ND,NkDW->NkW", x_ND, up_NkDW)
-    y_NkD = jnp.einsum("NkW,NkWD->NkD", jax.nn.silu(a_NkW) * u_NkW, down_NkWD)
-    return jnp.einsum("NkD,Nk->ND", y_NkD, gate_Nk.astype(y_NkD.dtype))
+    """As `every_expert`, reading only the chosen experts' weights: one by one, for a gather would copy them.
+
+    With as many assignments as experts there is nothing left out to gain from, and it is `every_expert`.
+    """
+    N, k = expert_Nk.shape
+    if N * k >= experts.gate_EDW.shape[0]:
+        return every_expert(x_ND, expert_Nk, gate_Nk, experts)
+
+    def one(n: int, i: int) -> jax.Array:
+        own = (jax.lax.dynamic_index_in_dim(w, expert_Nk[n, i], keepdims=False) for w in experts)
+        return swiglu(x_ND[n : n + 1], *own) * gate_Nk[n, i].astype(x_ND.dtype)
+
+    return jnp.concatenate([sum(one(n, i) for i in range(k)) for n in range(N)])
 
 
 class Blocks(NamedTuple):

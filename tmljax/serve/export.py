@@ -56,7 +56,7 @@ def export(
     output = Path(os.path.abspath(output))
     refuse_foreign(output)
     program = lower_tick(experiment, sessions, PLATFORMS)
-    weights = weights_of(params)
+    weights = weights_of(params, experiment.model)
     with _whole_directory(output) as folder:
         save_file(weights, folder / "weights.safetensors", metadata={"format": "np"})
         (folder / "tick.stablehlo").write_bytes(program.serialize())

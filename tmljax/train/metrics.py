@@ -99,11 +99,12 @@ class Progress:
             self._bar.update()
 
     def show(self, row: Row) -> None:
-        losses = {name.removeprefix("loss/"): value for name, value in row.items() if name.startswith("loss/")}
+        terms = {name.removeprefix("loss/"): value for name, value in row.items() if name.startswith("loss/")}
+        losses = {"": terms.pop("total", float("nan")), **terms}
         if "val/loss/total" in row:
             losses["held-out"] = row["val/loss/total"]
-        loss = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
-        text = f"loss {loss.removeprefix('total ')}, {row[TIME + 'conversation_seconds_per_second']:.0f} s/s"
+        loss = " ".join(f"{name} {value:.3f}".strip() for name, value in losses.items())
+        text = f"loss {loss}, {row[TIME + 'conversation_seconds_per_second']:.0f} s/s"
         if self._bar is not None:
             self._bar.set_postfix_str(text)
             return

@@ -1,0 +1,141 @@
+"""The real model on real data through the verb, at the smallest size; what it computes does not matter, that it does."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from tmljax import checkpoint
+from tmljax.train.metrics import FILE, TIME, read_rows
+
+ROOT = Path(__file__).parents[2]
+SIZES = {
+    "model.d_model": 32,
+    "model.layers": 2,
+    "model.heads": 2,
+    "model.kv_heads": 1,
+    "model.head_dim": 16,
+    "model.moe.experts": 4,
+    "model.moe.expert_width": 32,
+    "model.moe.shared_width": 32,
+    "model.flow.width": 32,
+    "model.flow.depth": 1,
+    "data.train_hours": 0.02,
+    "data.test_per_family": 1,
+    "data.window": 12,
+    "data.batch": 4,
+    "train.steps": 24,
+    "train.log_every": 2,
+    "train.save_every": 8,
+    "train.eval_every": 8,
+    "train.eval_batches": 1,
+}
+
+
+class Verb:
+    """`python -m launch.train` with a data folder and a compile cache of its own."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.environment = os.environ | {"TMLJAX_CACHE": str(folder / "cache"), "XLA_FLAGS": ""}
+
+    def start(self, workdir: Path, *more: str) -> subprocess.Popen:
+        overrides = [f"--config.{name}={value}" for name, value in SIZES.items()]
+        where = [f"--workdir={workdir}", f"--config.data.root={self.folder / 'data'}"]
+        command = [sys.executable, "-m", "launch.train", "--config=configs/smoke.py", *where, *overrides, *more]
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(command, cwd=ROOT, env=self.environment, **streams)
+
+    def run(self, workdir: Path, *more: str) -> tuple[int, str]:
+        process = self.start(workdir, *more)
+        out, err = process.communicate(timeout=600)
+        return process.returncode, out + err
+
+    def start_and_wait(self, workdir: Path, holds) -> subprocess.Popen:
+        process = self.start(workdir)
+        while not holds():
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.02)
+        return process
+
+
+@pytest.fixture(scope="module")
+def verb(tmp_path_factory):
+    return Verb(tmp_path_factory.mktemp("real"))
+
+
+@pytest.fixture(scope="module")
+def straight(verb):
+    code, said = verb.run(verb.folder / "straight")
+    assert code == 0, said
+    return verb.folder / "straight"
+
+
+def rows(workdir: Path) -> list[dict]:
+    return [{k: v for k, v in row.items() if not k.startswith(TIME)} for row in read_rows(workdir / FILE)]
+
+
+def test_the_workdir_holds_what_it_should(straight):
+    assert {"config.json", "tokenizer.json", "checkpoints", "metrics.jsonl"} <= {p.name for p in straight.iterdir()}
+    assert list(straight.glob("events.out.tfevents.*"))
+    assert [row["step"] for row in rows(straight)] == [1, *range(2, 25, 2)]
+    expected = {"loss/total", "loss/text", "loss/flow", "loss/heard", "learning_rate", "grad_norm", "skipped"}
+    assert expected | {"experts/load_max", "experts/load_min", "experts/dropped"} <= rows(straight)[-1].keys()
+    assert "val/loss/total" in rows(straight)[-1]
+
+
+def test_the_loss_falls(straight):
+    losses = [row["val/loss/total"] for row in rows(straight) if "val/loss/total" in row]
+    assert losses[-1] < losses[0]
+
+
+def test_serving_finds_it(straight):
+    experiment, tokenizer, params = checkpoint.load_for_serving(straight)
+    assert experiment.model.d_model == 32
+    assert tokenizer.vocab_size <= experiment.stream.vocab_size
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+
+
+def test_sigkill_changes_no_value(verb, straight):
+    workdir = verb.folder / "killed"
+    process = verb.start_and_wait(workdir, lambda: checkpoint.steps(workdir) and len(read_rows(workdir / FILE)) > 5)
+    process.kill()
+    process.communicate()
+    assert max(checkpoint.steps(workdir)) < 24
+    code, said = verb.run(workdir)
+    assert code == 0, said
+    assert rows(workdir) == rows(straight)
+    ours, theirs = (checkpoint.read_params(folder, 24)[0] for folder in (workdir, straight))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_ctrl_c_saves_and_exits_130(verb, straight):
+    workdir = verb.folder / "stopped"
+    process = verb.start_and_wait(workdir, lambda: read_rows(workdir / FILE))
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 130, err
+    assert "stopped by SIGINT after step" in out
+    assert checkpoint.steps(workdir)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("--config.model.d_modle=3", "config.model.d_modle does not exist; did you mean d_model?"),
+        ("--config.optimizer.learning_rate=0.5", "config.optimizer.learning_rate was 0.012, now 0.5"),
+        ("--config.mesh.fsdp=3", "places for 1 devices"),
+        ("--config.mesh.data=0", "needs sizes of at least 1"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_2(verb, straight, override, said):
+    code, heard = verb.run(straight, override)
+    assert code == 2
+    assert len(heard.strip().splitlines()) == 1, heard
+    assert said in heard
