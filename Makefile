@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN := runs/quickstart
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: quickstart demo test test-slow lint benchmark clean help
+.PHONY: quickstart demo smoke test test-slow lint clean help
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -21,6 +21,9 @@ quickstart: $(BIN)/.installed  ## data, training, evaluation, a streamed convers
 
 demo: $(BIN)/.installed  ## the same with the demo model: about an hour on two cores
 	PYTHON=$(BIN)/python launch/quickstart.sh demo runs/demo
+
+smoke: $(BIN)/.installed  ## the same in miniature, to see that every part works: two minutes
+	PYTHON=$(BIN)/python launch/quickstart.sh smoke runs/smoke
 
 test: $(BIN)/.installed  ## lint, then the whole test suite
 	$(BIN)/ruff check .

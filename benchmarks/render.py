@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipelines import builder, plan
+from data_pipelines import plan, staging
 from data_pipelines.scenarios import FAMILIES
 from data_pipelines.scenarios.stage import Stage
 from data_pipelines.voices import Voices
@@ -36,11 +36,11 @@ def compose(experiment: Experiment, sessions: int) -> tuple[float, float]:
 
 def write(experiment: Experiment, sessions: int, folder: Path) -> tuple[float, float]:
     """The same for whole shards of records."""
-    builder._voices.cache_clear()
+    staging.voices.cache_clear()
     start, seconds = time.process_time(), 0.0
     for first in range(0, sessions, plan.SHARD):
         shard = plan.Shard("train", first // plan.SHARD, first, min(plan.SHARD, sessions - first))
-        seconds += builder.render_to_file(experiment, shard, folder)
+        seconds += staging.render_to_file(experiment, shard, folder)
     return time.process_time() - start, seconds
 
 

@@ -1,4 +1,4 @@
-"""Every field at its default; other configs start from it.
+"""What all configs share; other configs start from it.
 
 python -m launch.train --config=configs/base.py --workdir=runs/base
 """
@@ -9,4 +9,6 @@ from tmljax.config import Experiment, to_config_dict
 
 
 def get_config() -> ml_collections.ConfigDict:
-    return to_config_dict(Experiment())
+    config = to_config_dict(Experiment())
+    config.stream.video_every = 3
+    return config

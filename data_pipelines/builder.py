@@ -14,28 +14,24 @@ import fcntl
 import functools
 import io
 import json
-import multiprocessing
 import os
 import shutil
-import signal
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import tensorflow_datasets as tfds
-from tensorflow_datasets.core import file_adapters
 from tensorflow_datasets.core import splits as tfds_splits
-from tensorflow_datasets.core import writer as tfds_writer
 from tqdm import tqdm
 
 from data_pipelines import records
 from data_pipelines.plan import SPLITS, Shard, count_sessions, render_shard, shards
+from data_pipelines.staging import is_whole, read_summary, render_all, write_whole
 from data_pipelines.voices import Voices
-from tmljax.config import Experiment, Stream, UserError
+from tmljax.config import Experiment, UserError
 from tmljax.stream.record import Session
 from tmljax.stream.text import Tokenizer
 
@@ -169,7 +165,7 @@ def _prepare(experiment: Experiment, progress: bool, workers: int | None) -> flo
     if _is_done(home):  # by the process that we waited for
         return 0.0
     staging = home / STAGING
-    missing = [shard for shard in planned if not (staging / f"{shard.name}.json").exists()]
+    missing = [shard for shard in planned if not is_whole(shard, staging)]
     rendered = _render_all(experiment, missing, staging, progress, workers)
     _finish(experiment, planned, staging)
     return rendered
@@ -207,17 +203,7 @@ def _claim(home: Path, experiment: Experiment) -> None:
     if home.exists() and any(home.iterdir()):
         raise UserError(f"{home} is no dataset of ours and not empty; choose another config.data.name")
     home.mkdir(parents=True, exist_ok=True)
-    _write(path, json.dumps(wanted, indent=2) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_whole(path, json.dumps(wanted, indent=2) + "\n")
 
 
 def _render_all(
@@ -239,83 +225,12 @@ def _render_all(
         smoothing=0.1,
     )
     with bar:
-        for shard, seconds in _run(experiment, missing, staging, workers):
+        for shard, seconds in render_all(experiment, missing, staging, workers):
             rendered += seconds
             rate = rendered / max(bar.format_dict["elapsed"], 1e-9)
             bar.set_postfix_str(f"{rate:.0f} times real time", refresh=False)
             bar.update(shard.sessions)
     return rendered
-
-
-def _run(
-    experiment: Experiment, missing: Sequence[Shard], staging: Path, workers: int
-) -> Iterator[tuple[Shard, float]]:
-    if workers <= 1:
-        for shard in missing:
-            yield shard, render_to_file(experiment, shard, staging)
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare_worker) as pool:
-        waiting: dict[Future[float], Shard] = {
-            pool.submit(render_to_file, experiment, shard, staging): shard for shard in missing
-        }
-        try:
-            while waiting:
-                for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-                    yield waiting.pop(future), future.result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _prepare_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-
-
-@functools.cache
-def _voices() -> Voices:
-    return Voices()
-
-
-@functools.cache
-def _shard_writer(stream: Stream) -> tfds_writer.ShardWriter:
-    features = records.features(stream.video_height, stream.video_width)
-    serializer = records.Serializer(features.get_serialized_info())
-    files = tfds_writer.ExampleWriter(file_adapters.FileFormat.ARRAY_RECORD)
-    return tfds_writer.ShardWriter(features, serializer, files)
-
-
-def render_to_file(experiment: Experiment, shard: Shard, staging: Path) -> float:
-    """Renders one shard to staging/NAME.array_record and, as the sign that it is whole, NAME.json."""
-    stream = experiment.stream
-    seconds: Counter[str] = Counter()
-    sessions: Counter[str] = Counter()
-    words: Counter[str] = Counter()
-
-    def examples() -> Iterator[tuple[int, dict[str, Any]]]:
-        for number, session in enumerate(render_shard(experiment, shard, _voices())):
-            seconds[session.family] += session.frames / 40
-            sessions[session.family] += 1
-            words.update(w.text for w in (*session.user_words, *session.model_words, *session.typed))
-            yield shard.first + number, records.encode(session, stream.video_height, stream.video_width)
-
-    path = staging / f"{shard.name}.array_record"
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    _write_shard(temporary, examples(), stream)
-    os.replace(temporary, path)
-    summary = {"sessions": dict(sessions), "seconds": dict(seconds), "words": dict(sorted(words.items()))}
-    _write(staging / f"{shard.name}.json", json.dumps(summary))
-    return sum(seconds.values())
-
-
-def _write_shard(path: Path, examples: Iterable[tuple[int, dict[str, Any]]], stream: Stream) -> None:
-    """Raises OSError when the disk is full, which ArrayRecord's writer says in its own way."""
-    try:
-        _shard_writer(stream).write(examples, path)
-    except (RuntimeError, ValueError) as e:
-        path.unlink(missing_ok=True)
-        if "space left" in str(e) or "RESOURCE_EXHAUSTED" in str(e):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
-        raise
 
 
 def _finish(experiment: Experiment, planned: Sequence[Shard], staging: Path) -> None:
@@ -324,7 +239,7 @@ def _finish(experiment: Experiment, planned: Sequence[Shard], staging: Path) -> 
     seconds: dict[str, Counter[str]] = {split: Counter() for split in SPLITS}
     words: Counter[str] = Counter()
     for shard in planned:
-        summary = json.loads((staging / f"{shard.name}.json").read_text())
+        summary = read_summary(shard, staging)
         sessions[shard.split].update(summary["sessions"])
         seconds[shard.split].update(summary["seconds"])
         if shard.split == "train":
@@ -337,7 +252,9 @@ def _finish(experiment: Experiment, planned: Sequence[Shard], staging: Path) -> 
         dataset = Duplex(experiment)
         with contextlib.redirect_stdout(io.StringIO()):
             dataset.download_and_prepare(download_dir=folder(experiment) / STAGING)
-    _write(folder(experiment) / "summary.json", json.dumps({"sessions": sessions, "seconds": seconds}, indent=2) + "\n")
+    write_whole(
+        folder(experiment) / "summary.json", json.dumps({"sessions": sessions, "seconds": seconds}, indent=2) + "\n"
+    )
 
 
 def _is_whole(dataset: Duplex) -> bool:

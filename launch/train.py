@@ -13,8 +13,8 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TextIO
 
-import jax
 from absl import flags
 
 from data_pipelines import builder, loader
@@ -46,8 +46,8 @@ def main(argv: Sequence[str]) -> int:
     return 130 if outcome.signal is signal.SIGINT else 0
 
 
-def train_workdir(experiment: Experiment, workdir: str) -> Outcome:
-    """The verb, for an experiment at hand."""
+def train_workdir(experiment: Experiment, workdir: str, out: TextIO | None = None) -> Outcome:
+    """The verb, for an experiment at hand; progress goes to `out`, standard error by default."""
     cluster.initialize()
     cluster.enable_compile_cache()
     checkpoint.keep_config(workdir, experiment)
@@ -63,7 +63,8 @@ def train_workdir(experiment: Experiment, workdir: str) -> Outcome:
         loader.train_loader(experiment, tokenizer, seed=experiment.train.seed, **process),
         loader.validation_batches(experiment, tokenizer, experiment.train.eval_batches, **process),
         mesh,
-        flops=step_flops(experiment, model) if jax.devices()[0].platform != "cpu" else None,
+        flops=step_flops(experiment, model),
+        out=out,
     )
 
 

@@ -32,7 +32,7 @@ class Stream:
     video_height: int = 40  # pixels, a multiple of 40
     video_width: int = 40
     patches_per_slot: int = 1  # 40x40 patches packed into one video slot
-    video_every: int = 3  # micro-turns between frames
+    video_every: int = 2  # micro-turns between frames
     user_text_slots: int = 1  # tokens of typed text a micro-turn takes
     model_text_slots: int = 1  # tokens a micro-turn writes
     vocab_size: int = 512

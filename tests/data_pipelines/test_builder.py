@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from data_pipelines import builder, plan
+from data_pipelines import builder, plan, staging
 from data_pipelines.scenarios import FAMILIES
 from data_pipelines.voices import Voices
 from tmljax.config import Data, Experiment, Stream, UserError
@@ -123,28 +123,34 @@ def test_another_seed_is_other_data(built, tmp_path):
 
 BUILD = """
     import sys
-    from data_pipelines import builder, plan
+    from data_pipelines import builder, plan, staging
     from tmljax.config import Data, Experiment
     if __name__ == "__main__":
         plan.SHARD = int(sys.argv[2])
-        builder.build(Experiment(data=Data(**{data!r}, root=sys.argv[1])), progress=False, workers=1)
+        builder.build(Experiment(data=Data(**{data!r}, root=sys.argv[1])), progress=False, workers=int(sys.argv[3]))
 """
 
 
-def test_killed_and_resumed_gives_the_same_bytes(built, tmp_path):
+@pytest.mark.parametrize("workers", [1, 2])
+def test_killed_and_resumed_gives_the_same_bytes(built, tmp_path, workers):
     wanted, _ = built
     data = {"name": SMALL.name, "train_hours": SMALL.train_hours, "test_per_family": SMALL.test_per_family}
     program = textwrap.dedent(BUILD).format(data=data)
-    child = subprocess.Popen([sys.executable, "-c", program, str(tmp_path), str(SHARD)], cwd=Path(__file__).parents[2])
-    staging = tmp_path / SMALL.name / builder.STAGING
+    (tmp_path / "program.py").write_text(program)
+    child = subprocess.Popen(
+        [sys.executable, str(tmp_path / "program.py"), str(tmp_path), str(SHARD), str(workers)],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        stderr=subprocess.PIPE,
+    )
+    stage = tmp_path / SMALL.name / builder.STAGING
     deadline = time.monotonic() + 120
-    while len(list(staging.glob("*.json")) if staging.exists() else []) < 2:
+    while len(list(stage.glob("*.json")) if stage.exists() else []) < 2:
         assert time.monotonic() < deadline
         assert child.poll() is None, "it finished before it could be killed"
         time.sleep(0.002)
     os.kill(child.pid, signal.SIGKILL)
-    child.wait()
-    kept = {p: p.stat().st_mtime_ns for p in staging.glob("*.json")}
+    child.communicate(timeout=60)  # returns once all who hold the pipe have ended, the workers too
+    kept = {p: p.stat().st_mtime_ns for p in stage.glob("*.json")}
     resumed = experiment(tmp_path)
     assert len(kept) < len(plan.shards(resumed))
     assert not (builder.folder(resumed) / "summary.json").exists()
@@ -213,14 +219,14 @@ def test_the_mixture_decides_the_families(tmp_path):
 
 def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, monkeypatch):
     wanted = experiment(tmp_path)
-    monkeypatch.setattr(builder, "_write_shard", _full_after(4, builder._write_shard))
+    monkeypatch.setattr(staging, "_write_shard", _full_after(4, staging._write_shard))
     with pytest.raises(UserError, match="disk is full"):
         builder.build(wanted, progress=False, workers=1)
-    staging = builder.folder(wanted) / builder.STAGING
-    assert len(list(staging.glob("*.json"))) == 4
+    kept = builder.folder(wanted) / builder.STAGING
+    assert len(list(kept.glob("*.json"))) == 4
     monkeypatch.undo()
     builder.build(wanted, progress=False, workers=1)
-    assert not staging.exists()
+    assert not kept.exists()
 
 
 def _full_after(count, write):

@@ -53,16 +53,29 @@ def test_a_session_with_nothing_in_it(tokenizer):
     assert (streams["user_dmel"] == dmel.quantise(dmel.SILENCE_MEL)).all()
 
 
-def test_user_audio_keeps_its_time_and_the_model_leads(tokenizer):
+def test_user_audio_keeps_its_time_and_the_model_is_a_microturn_ahead(tokenizer):
     frames = np.arange(80)
     dmels = np.repeat(frames[:, None] % 16, 80, 1).astype(np.uint8)
     mels = np.repeat(frames[:, None] / 16, 80, 1).astype(np.float16)
-    streams = weave(session(user_dmel=dmels, model_mel=mels), LAYOUT, tokenizer)
+    words = (Word("one", 0.2, 2.0),)
+    streams = weave(session(user_dmel=dmels, model_mel=mels, model_words=words), LAYOUT, tokenizer)
     assert np.array_equal(streams["user_dmel"].reshape(80, 80), dmels)
     assert streams["user_present"].all()
-    lead = 8 + dmel.VOICE_LEAD
-    assert np.array_equal(streams["model_mel"].reshape(80, 80)[:-lead], mels[lead:])
-    assert (streams["model_mel"].reshape(80, 80)[-lead:] == dmel.SILENCE_MEL.astype(np.float16)).all()
+    assert np.array_equal(streams["model_mel"].reshape(80, 80)[:-8], mels[8:])
+    assert (streams["model_mel"].reshape(80, 80)[-8:] == dmel.SILENCE_MEL.astype(np.float16)).all()
+
+
+def test_nothing_gives_a_word_away_before_it_is_said(tokenizer):
+    """Up to the micro-turn of its first token, the streams are those of a model that stays silent for ever."""
+    mels = np.random.default_rng(0).uniform(-7, 2, (80, 80)).astype(np.float16)  # sound everywhere
+    speaks = weave(session(model_mel=mels, model_words=(Word("one", 1.0, 1.5),)), LAYOUT, tokenizer)
+    silent = weave(session(model_mel=mels), LAYOUT, tokenizer)
+    first = int(np.flatnonzero((speaks["model_text"] != IDLE).any(axis=1))[0])
+    assert first == 4  # heard in [1.0, 1.2), the output of micro-turn 4
+    for name in speaks:
+        every = len(speaks["valid"]) // len(speaks[name])
+        assert np.array_equal(speaks[name][: first // every], silent[name][: first // every]), name
+    assert not np.array_equal(speaks["model_mel"], silent["model_mel"])
 
 
 def test_video_frames_come_every_second_microturn(tokenizer):

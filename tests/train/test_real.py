@@ -1,4 +1,4 @@
-"""The real model on real data through the verb, at the smallest size; what it computes does not matter, that it does."""
+"""The real model on real data through the verb, at the smallest size: not how well it learns, but that it does."""
 
 import os
 import signal
@@ -115,6 +115,7 @@ def test_sigkill_changes_no_value(verb, straight):
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_exits_130(verb, straight):
     workdir = verb.folder / "stopped"
     process = verb.start_and_wait(workdir, lambda: read_rows(workdir / FILE))
@@ -128,10 +129,8 @@ def test_ctrl_c_saves_and_exits_130(verb, straight):
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("--config.model.d_modle=3", "config.model.d_modle does not exist; did you mean d_model?"),
         ("--config.optimizer.learning_rate=0.5", "config.optimizer.learning_rate was 0.012, now 0.5"),
         ("--config.mesh.fsdp=3", "places for 1 devices"),
-        ("--config.mesh.data=0", "needs sizes of at least 1"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_2(verb, straight, override, said):

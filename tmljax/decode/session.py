@@ -261,7 +261,7 @@ class _Run:
         heard_T = np.array([s.heard for s in self.spoken], np.int32)
         return Transcript(
             audio=np.concatenate([lag, *(s.audio for s in self.spoken)])[:samples],
-            words=_until(end, text_of(text_Tk, self.engine.tokenizer)),
+            words=_until(end, self._when_heard(text_of(text_Tk, self.engine.tokenizer))),
             heard=_until(end, heard_words(heard_T, self.engine.tokenizer)),
             text=text_Tk,
             heard_ids=heard_T,
@@ -269,6 +269,11 @@ class _Run:
             tick_ms=[s.tick_ms for s in self.spoken],
             vocoder_ms=[s.vocoder_ms for s in self.spoken],
         )
+
+    def _when_heard(self, words: Sequence[Word]) -> list[Word]:
+        """Claims are for the ear: as late as the voice is."""
+        late = self.engine.vocoder.latency_samples / SAMPLE_RATE
+        return [word._replace(start=word.start + late, end=word.end + late) for word in words]
 
 
 def _until(end: float, words: Sequence[Word]) -> list[Word]:

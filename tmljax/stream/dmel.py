@@ -27,7 +27,7 @@ POWER_FLOOR = 1e-10
 MEL_FLOOR = 1e-10
 LOG_LOW, LOG_HIGH = -7.0, 2.0
 BIN_WIDTH = (LOG_HIGH - LOG_LOW) / (BINS - 1)  # 0.6
-VOICE_LEAD = 2  # frames by which the model's mel is ahead of its sound: a frame tells of the sound before its end
+VOICE_DELAY = 2  # frames by which a voice made from mel is late: a frame tells of the sound before its end
 SIMD_FRAMES = 16  # pocketfft transforms up to 16 float32 frames at once; the rest would go another way
 BLOCK_FRAMES = 128  # frames in flight: what fits the second-level cache
 

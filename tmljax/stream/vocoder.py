@@ -21,8 +21,8 @@ from tmljax.stream import dmel
 from tmljax.stream.microturn import FRAME_SAMPLES, FRAMES, MEL, MICROTURN_SAMPLES
 
 # A mel frame is centred on the sample 512 before its end, and a sample is settled once every window over it
-# is there: 712 samples. Rounded up to whole frames, the weave can give the model's mel that lead.
-LATENCY = dmel.VOICE_LEAD * FRAME_SAMPLES
+# is there: 712 samples, rounded up to whole frames.
+LATENCY = dmel.VOICE_DELAY * FRAME_SAMPLES
 
 HOP = FRAME_SAMPLES // 2  # at the mel's own hop, windows overlap too little to tell the phase
 OVERLAP = dmel.WINDOW_SAMPLES // HOP

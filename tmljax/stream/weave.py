@@ -1,8 +1,8 @@
 """A session woven into the streams of its micro-turns, cut into training examples, and read back.
 
 What the model puts out in micro-turn t is heard one micro-turn later (microturn.OUTPUT_LAG), so its words
-and its mel move one micro-turn towards the past here, and back again in `text_of`. Its mel moves two frames
-more (dmel.VOICE_LEAD): a vocoder needs to hear that far ahead, and so its sound is in time.
+and its mel move one micro-turn towards the past here, and back again in `text_of`. Where its text is idle its mel
+is silence, as the decoder has it: a breath before the first word would give the word away, in training only.
 
 Legend: T micro-turns, k text slots, P patches of a frame.
 """
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from tmljax.config import UserError
-from tmljax.stream.dmel import SILENCE_MEL, VOICE_LEAD, quantise
+from tmljax.stream.dmel import SILENCE_MEL, quantise
 from tmljax.stream.microturn import (
     ABSENT,
     CONTROL_TOKENS,
@@ -60,11 +60,13 @@ def weave(session: Session, layout: Layout, tokenizer: Tokenizer, start: int = 0
         "user_present": present & (session.user_dmel is not None),
         "video": _pad(video, count // every, 0),
         "video_present": _pad(video_present, count // every, False),
-        "model_mel": _fold(session.model_mel, (first + OUTPUT_LAG) * FRAMES + VOICE_LEAD, count, _SILENT_MEL),
+        "model_mel": _fold(session.model_mel, (first + OUTPUT_LAG) * FRAMES, count, _SILENT_MEL),
         "valid": present,
     }
     for name, array in _weave_text(session, layout, tokenizer, T).items():
         streams[name] = _pad(array[first : first + count], count, _FILLERS[name])
+    silent = (streams["model_text"] == IDLE).all(axis=1)
+    streams["model_mel"] = np.where(silent[:, None, None], _SILENT_MEL, streams["model_mel"])
     return streams if length is None else streams | {"start": np.int32(start)}
 
 

@@ -1,0 +1,128 @@
+"""Shards as files: rendered by worker processes, each renamed into place when whole.
+
+NAME.json beside NAME.array_record is the sign that the shard is whole, and says what is in it.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import json
+import multiprocessing
+import os
+import signal
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+from tensorflow_datasets.core import file_adapters
+from tensorflow_datasets.core import writer as tfds_writer
+
+from data_pipelines import records
+from data_pipelines.plan import Shard, render_shard
+from data_pipelines.voices import Voices
+from tmljax.config import Experiment, Stream
+
+
+def is_whole(shard: Shard, staging: Path) -> bool:
+    return (staging / f"{shard.name}.json").exists()
+
+
+def read_summary(shard: Shard, staging: Path) -> dict[str, dict[str, Any]]:
+    """sessions and seconds by family, and how often each word is said."""
+    return json.loads((staging / f"{shard.name}.json").read_text())
+
+
+def render_all(
+    experiment: Experiment, missing: Sequence[Shard], staging: Path, workers: int
+) -> Iterator[tuple[Shard, float]]:
+    """Each shard as it is done, with its seconds of conversation."""
+    if workers <= 1:
+        for shard in missing:
+            yield shard, render_to_file(experiment, shard, staging)
+        return
+    others = multiprocessing.active_children()
+    with ProcessPoolExecutor(
+        workers, mp_context=multiprocessing.get_context("spawn"), initializer=_prepare_worker
+    ) as pool:
+        waiting = {pool.submit(render_to_file, experiment, shard, staging): shard for shard in missing}
+        try:
+            while waiting:
+                for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                    yield waiting.pop(future), future.result()
+        except BaseException:
+            for child in multiprocessing.active_children():
+                if child not in others:
+                    child.terminate()
+            raise
+
+
+def _prepare_worker() -> None:
+    """Ctrl-C is the parent's to handle; a worker ends when the parent does, however that ended."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_follow_parent, daemon=True).start()
+
+
+def _follow_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+@functools.cache
+def voices() -> Voices:
+    return Voices()
+
+
+@functools.cache
+def _shard_writer(stream: Stream) -> tfds_writer.ShardWriter:
+    features = records.features(stream.video_height, stream.video_width)
+    serializer = records.Serializer(features.get_serialized_info())
+    files = tfds_writer.ExampleWriter(file_adapters.FileFormat.ARRAY_RECORD)
+    return tfds_writer.ShardWriter(features, serializer, files)
+
+
+def render_to_file(experiment: Experiment, shard: Shard, staging: Path) -> float:
+    """Renders one shard to staging/NAME.array_record and, as the sign that it is whole, NAME.json."""
+    stream = experiment.stream
+    seconds: Counter[str] = Counter()
+    sessions: Counter[str] = Counter()
+    words: Counter[str] = Counter()
+
+    def examples() -> Iterator[tuple[int, dict[str, Any]]]:
+        for number, session in enumerate(render_shard(experiment, shard, voices())):
+            seconds[session.family] += session.frames / 40
+            sessions[session.family] += 1
+            words.update(w.text for w in (*session.user_words, *session.model_words, *session.typed))
+            yield shard.first + number, records.encode(session, stream.video_height, stream.video_width)
+
+    path = staging / f"{shard.name}.array_record"
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    _write_shard(temporary, examples(), stream)
+    os.replace(temporary, path)
+    summary = {"sessions": dict(sessions), "seconds": dict(seconds), "words": dict(sorted(words.items()))}
+    write_whole(staging / f"{shard.name}.json", json.dumps(summary))
+    return sum(seconds.values())
+
+
+def _write_shard(path: Path, examples: Iterable[tuple[int, dict[str, Any]]], stream: Stream) -> None:
+    """Raises OSError when the disk is full, which ArrayRecord's writer says in its own way."""
+    try:
+        _shard_writer(stream).write(examples, path)
+    except (RuntimeError, ValueError) as e:
+        path.unlink(missing_ok=True)
+        if "space left" in str(e) or "RESOURCE_EXHAUSTED" in str(e):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
+        raise
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
