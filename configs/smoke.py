@@ -11,7 +11,6 @@ from configs import base, family
 def get_config() -> ml_collections.ConfigDict:
     config = base.get_config()
     family.scale(config, 1)
-    config.stream.vocab_size = 512
     config.data.name = "smoke"
     config.data.train_hours = 0.05
     config.data.test_per_family = 2

@@ -35,7 +35,7 @@ class Stream:
     video_every: int = 2  # micro-turns between frames
     user_text_slots: int = 1  # tokens of typed text a micro-turn takes
     model_text_slots: int = 1  # tokens a micro-turn writes
-    vocab_size: int = 512
+    vocab_size: int = 1024
 
 
 @dataclass(frozen=True)
