@@ -76,7 +76,7 @@ def run_side(command: list[str], side: str, seconds: float) -> dict:
 def measure_ours(seconds: float) -> dict:
     from benchmarks.tick import Talk, about, percentiles, random_engine
     from tmljax.config import Experiment, Flow, Model, Moe
-    from tmljax.model.interaction import definition
+    from tmljax.model.interaction import Definition
     from tmljax.stream.microturn import MICROTURN_SECONDS
 
     experiment = Experiment(
@@ -93,7 +93,7 @@ def measure_ours(seconds: float) -> dict:
     import numpy as np
 
     tick_ms, vocoder_ms, whole_ms = np.array([talk.tick() for _ in range(round(seconds / MICROTURN_SECONDS))]).T
-    total, active = count(definition(experiment.stream, experiment.model), experiment.model.moe)
+    total, active = count(Definition(experiment.stream, experiment.model), experiment.model.moe)
     return {
         "side": "tmljax",
         "parameters": total,

@@ -26,7 +26,7 @@ from tmljax.config import Experiment, UserError
 from tmljax.decode.engine import Engine
 from tmljax.decode.program import engine_from_params, engine_from_workdir
 from tmljax.decode.session import Chunk, Live
-from tmljax.model.interaction import definition
+from tmljax.model.interaction import Definition
 from tmljax.stream.microturn import IDLE, MICROTURN_SAMPLES, MICROTURN_SECONDS
 from tmljax.stream.text import Tokenizer
 
@@ -67,7 +67,7 @@ def random_engine(experiment: Experiment, sessions: int) -> Engine:
         fan_in = leaf.shape[-2] if leaf.ndim > 1 else 1
         return (rng.standard_normal(leaf.shape, np.float32) / np.sqrt(fan_in)).astype(leaf.dtype)
 
-    params = jax.tree.map(draw, definition(experiment.stream, experiment.model).abstract())
+    params = jax.tree.map(draw, Definition(experiment.stream, experiment.model).abstract())
     return engine_from_params(experiment, Tokenizer.train([], experiment.stream.vocab_size), params, sessions)
 
 

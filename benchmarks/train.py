@@ -31,7 +31,7 @@ from absl import flags  # noqa: E402
 from launch import train, verb  # noqa: E402
 from tmljax import cluster  # noqa: E402
 from tmljax.config import Experiment  # noqa: E402
-from tmljax.model.interaction import count, definition  # noqa: E402
+from tmljax.model.interaction import Definition, count  # noqa: E402
 from tmljax.train.metrics import FILE, TIME, read_rows  # noqa: E402
 from tmljax.train.speed import step_flops  # noqa: E402
 
@@ -89,7 +89,7 @@ def shorten(experiment: Experiment, steps: int) -> Experiment:
 
 def describe(name: str, experiment: Experiment, rows: list[dict]) -> dict:
     step = float(np.median([row[TIME + "step_seconds"] for row in rows]))
-    model = definition(experiment.stream, experiment.model)
+    model = Definition(experiment.stream, experiment.model)
     flops, peak = step_flops(experiment, model), matmul_peak(experiment.model.dtype)
     per_second = rows[0][TIME + "step_seconds"] / step
     return {

@@ -206,6 +206,11 @@ def _claim(home: Path, experiment: Experiment) -> None:
     write_whole(path, json.dumps(wanted, indent=2) + "\n")
 
 
+def cores() -> int:
+    """Those this process may use, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _render_all(
     experiment: Experiment,
     missing: Sequence[Shard],
@@ -215,7 +220,10 @@ def _render_all(
 ) -> float:
     """Renders shards on all cores; returns the seconds of conversation rendered."""
     total, rendered = sum(count_sessions(experiment).values()), 0.0
-    workers = min(workers or len(os.sched_getaffinity(0)), len(missing))
+    workers = min(
+        workers or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)),
+        len(missing),
+    )
     bar = tqdm(
         total=total,
         initial=total - sum(shard.sessions for shard in missing),

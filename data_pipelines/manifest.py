@@ -165,7 +165,7 @@ def _measure(sound: Path, where: str) -> float:
     if not sound.is_file():
         raise UserError(f"{where}: the sound file {sound} is missing")
     try:
-        audio._refuse_truncated(str(sound))
+        audio.refuse_truncated(str(sound))
         header = soundfile.info(str(sound))
     except UserError as e:
         raise UserError(f"{where}: {e}") from None

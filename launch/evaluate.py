@@ -39,7 +39,7 @@ from tmljax.evals.item import Item, Performance, user_audio
 from tmljax.evals.report import Report
 from tmljax.evals.suite import PerformMany, Tally
 from tmljax.evals.timing import events_of
-from tmljax.model.interaction import definition
+from tmljax.model.interaction import Definition
 from tmljax.stream.microturn import FRAME_SAMPLES, FRAMES, MICROTURN_SECONDS, SAMPLE_RATE
 from tmljax.stream.record import Session
 
@@ -172,8 +172,9 @@ def model_performer(engine: Engine, progress: Callable[[int], object]) -> Perfor
     def perform(sessions: Sequence[Session]) -> list[Performance]:
         seeds = [zlib.crc32(s.id.encode()) for s in sessions]
         transcripts = converse(engine, [as_input(s) for s in sessions], seeds, progress=progress)
+        late = engine.vocoder.latency_samples / SAMPLE_RATE
         return [
-            Performance(t.audio, tuple(t.words), tuple(t.heard), tuple(t.tick_ms), tuple(t.vocoder_ms))
+            Performance(t.audio, tuple(t.words), tuple(t.heard), tuple(t.tick_ms), tuple(t.vocoder_ms), late)
             for t in transcripts
         ]
 
@@ -227,7 +228,7 @@ def assign(
 def describe(engine: Engine, microturns: int, seconds: float) -> dict[str, str]:
     """The facts at the top of the report."""
     experiment = engine.experiment
-    leaves = jax.tree.leaves(definition(experiment.stream, experiment.model).abstract())
+    leaves = jax.tree.leaves(Definition(experiment.stream, experiment.model).abstract())
     parameters = sum(math.prod(leaf.shape) for leaf in leaves)
     moe = experiment.model.moe
     spoken = microturns * MICROTURN_SECONDS

@@ -21,7 +21,7 @@ from data_pipelines import builder, loader
 from launch import verb
 from tmljax import checkpoint, cluster
 from tmljax.config import Experiment, UserError
-from tmljax.model.interaction import definition
+from tmljax.model.interaction import Definition
 from tmljax.sharding import make_mesh
 from tmljax.stream.text import Tokenizer
 from tmljax.train.loop import Outcome, train
@@ -54,7 +54,7 @@ def train_workdir(experiment: Experiment, workdir: str, out: TextIO | None = Non
     tokenizer = prepare_data(experiment, workdir)
     mesh = make_mesh(experiment.mesh)
     process = {"process_index": cluster.process_index(), "process_count": cluster.process_count()}
-    model = definition(experiment.stream, experiment.model)
+    model = Definition(experiment.stream, experiment.model)
     return train(
         experiment,
         workdir,

@@ -152,3 +152,19 @@ def test_there_are_few_options_and_no_switches():
 
 def test_validate_lets_the_defaults_pass():
     validate(Experiment())
+
+
+@pytest.mark.parametrize("path", sorted(config.LIMITS))
+def test_every_limit_is_held(path):
+    """A value beyond its bound is refused with the field's name."""
+    least, most = config.LIMITS[path]
+    edited = config.to_config_dict(config.Experiment())
+    *groups, name = path.split(".")
+    group = edited
+    for part in groups:
+        group = group[part]
+    for bound, step in ((least, -1), (most, 1)):
+        if bound is not None:
+            group[name] = bound + step
+            with pytest.raises(config.UserError, match=rf"config\.{path}="):
+                config.from_config_dict(edited)

@@ -29,7 +29,7 @@ def initialize() -> None:
 
 
 def process_index() -> int:
-    """Touches no device where there is one process, so that data may be built by forked workers before training."""
+    """Touches no device where there is one process, so that data may be built by worker processes before training."""
     return jax.process_index() if jax.distributed.is_initialized() else 0
 
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -227,41 +229,96 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
     return value
 
 
+# Bounds of every number that has one: path -> (least, most); None is open.
+LIMITS: dict[str, tuple[float | None, float | None]] = {
+    "stream.patches_per_slot": (1, None),
+    "stream.video_every": (1, None),
+    "stream.user_text_slots": (1, None),
+    "stream.model_text_slots": (1, None),
+    "stream.vocab_size": (320, None),  # bytes, control tokens, and some words
+    "model.d_model": (4, None),
+    "model.layers": (1, None),
+    "model.heads": (1, None),
+    "model.kv_heads": (1, None),
+    "model.head_dim": (2, None),
+    "model.window": (1, None),
+    "model.moe.experts": (1, None),
+    "model.moe.top_k": (1, None),
+    "model.moe.expert_width": (1, None),
+    "model.moe.shared_width": (1, None),
+    "model.moe.capacity_factor": (0.01, None),
+    "model.moe.block_rows": (1, None),
+    "model.moe.balance_rate": (0, None),
+    "model.moe.z_loss": (0, None),
+    "model.flow.width": (1, None),
+    "model.flow.depth": (1, None),
+    "model.flow.draws": (1, None),
+    "model.flow.share": (0.001, 1),
+    "model.flow.steps": (1, None),
+    "model.flow.temperature": (0, None),
+    "data.seed": (0, 2**32 - 1),
+    "data.train_hours": (1e-4, 1e7),
+    "data.test_per_family": (1, None),
+    "data.window": (1, None),
+    "data.batch": (1, None),
+    "data.workers": (0, None),
+    "optimizer.learning_rate": (0, None),
+    "optimizer.warmup": (0, None),
+    "optimizer.decay": (0, 1),
+    "optimizer.weight_decay": (0, None),
+    "optimizer.clip": (1e-9, None),
+    "optimizer.accumulate": (1, None),
+    "loss.idle": (0, None),
+    "loss.hold": (0, None),
+    "loss.flow": (0, None),
+    "loss.heard": (0, None),
+    "train.steps": (1, None),
+    "train.seed": (0, 2**32 - 1),
+    "train.log_every": (1, None),
+    "train.save_every": (1, None),
+    "train.keep": (1, None),
+    "train.eval_every": (1, None),
+    "train.eval_batches": (1, None),
+    "sampling.temperature": (0, None),
+    "sampling.top_k": (0, None),
+    "sampling.seed": (0, 2**32 - 1),
+}
+
+
 def validate(experiment: Experiment) -> None:
     """Raises UserError for values that no part of the system could use."""
-    stream, model, data, train = experiment.stream, experiment.model, experiment.data, experiment.train
-    require = _require
-    require(8 % max(stream.frames_per_slot, 1) == 0, "config.stream.frames_per_slot must be 1, 2, 4 or 8")
+    for path, (least, most) in LIMITS.items():
+        value = functools.reduce(getattr, path.split("."), experiment)
+        if value is None:
+            continue
+        _require(math.isfinite(value), f"config.{path}={value} must be finite")
+        _require(least is None or value >= least, f"config.{path}={value} must be at least {least}")
+        _require(most is None or value <= most, f"config.{path}={value} must be at most {most}")
+
+    stream, model, data = experiment.stream, experiment.model, experiment.data
+    _require(stream.frames_per_slot in (1, 2, 4, 8), "config.stream.frames_per_slot must be 1, 2, 4 or 8")
     for name in ("video_height", "video_width"):
         size = getattr(stream, name)
-        require(size > 0 and size % 40 == 0, f"config.stream.{name}={size} must be a positive multiple of 40")
-    for name in ("patches_per_slot", "video_every", "user_text_slots", "model_text_slots"):
-        require(getattr(stream, name) >= 1, f"config.stream.{name} must be at least 1")
-    require(stream.vocab_size >= 320, "config.stream.vocab_size must be at least 320 (bytes and control tokens)")
-    require(
-        model.heads % max(model.kv_heads, 1) == 0,
+        _require(size > 0 and size % 40 == 0, f"config.stream.{name}={size} must be a positive multiple of 40")
+    _require(
+        model.heads % model.kv_heads == 0,
         f"config.model.heads={model.heads} must be a multiple of config.model.kv_heads={model.kv_heads}",
     )
-    require(model.head_dim % 2 == 0, "config.model.head_dim must be even (rotary pairs)")
-    require(model.d_model % 4 == 0, "config.model.d_model must be a multiple of 4 (hMLP)")
-    require(
-        1 <= model.moe.top_k <= model.moe.experts,
+    _require(model.head_dim % 2 == 0, f"config.model.head_dim={model.head_dim} must be even (rotary pairs)")
+    _require(model.d_model % 4 == 0, f"config.model.d_model={model.d_model} must be a multiple of 4 (hMLP)")
+    _require(
+        model.moe.top_k <= model.moe.experts,
         f"config.model.moe.top_k={model.moe.top_k} must lie between 1 and config.model.moe.experts={model.moe.experts}",
     )
-    require(
-        data.window >= stream.video_every and data.window % stream.video_every == 0,
+    _require(
+        data.window % stream.video_every == 0,
         f"config.data.window={data.window} must be a multiple of config.stream.video_every={stream.video_every}",
     )
-    require(0 < model.flow.share <= 1, f"config.model.flow.share={model.flow.share} must lie in (0, 1]")
-    require(data.batch >= 1, "config.data.batch must be at least 1")
-    require(
-        data.batch % experiment.optimizer.accumulate == 0,
-        f"config.data.batch={data.batch} must be a multiple of "
-        f"config.optimizer.accumulate={experiment.optimizer.accumulate}",
+    accumulate = experiment.optimizer.accumulate
+    _require(
+        data.batch % accumulate == 0,
+        f"config.data.batch={data.batch} must be a multiple of config.optimizer.accumulate={accumulate}",
     )
-    require(train.steps >= 1, "config.train.steps must be at least 1")
-    require(train.keep >= 1, "config.train.keep must be at least 1")
-    require(data.train_hours > 0, "config.data.train_hours must be positive")
 
 
 def _require(holds: bool, message: str) -> None:

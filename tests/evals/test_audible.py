@@ -24,6 +24,14 @@ def test_agreement_by_hand():
     assert agreement_in_speech(half) == pytest.approx(5 / 10)
 
 
+def test_a_voice_that_is_late_as_a_whole_loses_nothing():
+    """Claims and sound both 50 ms after the grid: the last cell must not count for one and not for the other."""
+    claimed = say("a b c d e", 2.05, 0.2)
+    sounding = hum([*claimed[:-1], claimed[-1]._replace(end=2.99)], 160_000)
+    assert agreement(Performance(sounding, tuple(claimed), late=0.05)) == 1.0
+    assert agreement(Performance(sounding, tuple(claimed))) < 1.0
+
+
 def test_silence_cannot_carry_it():
     mute = Performance(np.zeros(160_000, np.float32), tuple(say("a", 2.0, 0.2)))
     assert agreement(mute) == pytest.approx(49 / 50)

@@ -12,7 +12,7 @@ from data_pipelines import builder
 from launch import evaluate, verb
 from tmljax import checkpoint, config
 from tmljax.evals import headline
-from tmljax.model.interaction import definition
+from tmljax.model.interaction import Definition
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def workdir(tmp_path_factory) -> Path:
     )  # fmt: skip
     builder.build(experiment, progress=False, workers=1)
     folder, rng = root / "tiny", np.random.default_rng(1)
-    shapes = definition(experiment.stream, experiment.model).abstract()
+    shapes = Definition(experiment.stream, experiment.model).abstract()
     params = jax.tree.map(lambda leaf: jax.numpy.asarray(rng.normal(0.3, 0.3, leaf.shape), leaf.dtype), shapes)
     checkpoints = checkpoint.Checkpoints(folder, keep=1)
     checkpoint.keep_config(folder, experiment)

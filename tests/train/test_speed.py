@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from tmljax import config
-from tmljax.model.interaction import definition
+from tmljax.model.interaction import Definition
 from tmljax.stream.microturn import FRAMES, Layout
 from tmljax.train import speed
 from tmljax.train.objective import objective
@@ -57,7 +57,7 @@ def test_model_flops_are_those_of_the_traced_forward_pass(tiny, changes):
     moe = config.Moe(experts=4, top_k=2, expert_width=96, shared_width=64, matmul="ragged")
     model = dataclasses.replace(tiny.model, **{"d_model": 64, "moe": moe, "window": 64} | changes)
     experiment = dataclasses.replace(tiny, model=model, data=dataclasses.replace(tiny.data, window=6, batch=8))
-    model = definition(experiment.stream, experiment.model)
+    model = Definition(experiment.stream, experiment.model)
 
     def forward(params, batch):
         return objective(model, params, batch, jax.random.key(0), experiment.loss)[0]

@@ -19,7 +19,7 @@ from tmljax import checkpoint
 from tmljax.config import Experiment, Model
 from tmljax.decode.engine import Arrays, Engine, compile_engine
 from tmljax.decode.tick import TickInput, init_state, tick
-from tmljax.model.interaction import definition
+from tmljax.model.interaction import Definition
 from tmljax.model.trunk import unrolled
 from tmljax.stream.microturn import FRAMES, MEL, PATCH_VALUES, Layout
 from tmljax.stream.text import Tokenizer
@@ -77,12 +77,12 @@ def stack_layers(params: Any, weights: dict[str, jax.Array], model: Model) -> An
 
 
 def initial_state(experiment: Experiment, sessions: int) -> Arrays:
-    state = init_state(definition(experiment.stream, experiment.model), sessions)
+    state = init_state(Definition(experiment.stream, experiment.model), sessions)
     return {name: np.asarray(leaf) for name, leaf in flatten(state).items()}
 
 
 def lower_tick(experiment: Experiment, sessions: int, platforms: tuple[str, ...]) -> jax.export.Exported:
-    model = definition(experiment.stream, experiment.model)
+    model = Definition(experiment.stream, experiment.model)
     params = model.abstract()
     state = jax.eval_shape(lambda: init_state(model, sessions))
 

@@ -20,7 +20,7 @@ from tmljax.model import cache
 from tmljax.model.interaction import Definition, InteractionModel, Params
 from tmljax.ops.flow import denormalise
 from tmljax.stream.dmel import SILENCE_MEL
-from tmljax.stream.microturn import ABSENT, FRAMES, IDLE, MEL, PATCH_VALUES, Layout
+from tmljax.stream.microturn import ABSENT, FRAMES, IDLE, MEL
 
 
 class TickInput(NamedTuple):
@@ -56,19 +56,6 @@ def init_state(definition: Definition, sessions: int) -> TickState:
     )
     mel_NFM = jnp.tile(jnp.asarray(SILENCE_MEL)[None, None], (sessions, FRAMES, 1))
     return TickState(ring, jnp.zeros(sessions, jnp.int32), mel_NFM, jnp.zeros(sessions, jnp.uint32))
-
-
-def blank_input(layout: Layout, sessions: int) -> TickInput:
-    """No stream present, no reset."""
-    return TickInput(
-        jnp.zeros((sessions, FRAMES, MEL), jnp.uint8),
-        jnp.zeros(sessions, bool),
-        jnp.zeros((sessions, layout.patches, PATCH_VALUES), jnp.uint8),
-        jnp.zeros(sessions, bool),
-        jnp.full((sessions, layout.user_text), ABSENT, jnp.int32),
-        jnp.zeros(sessions, bool),
-        jnp.zeros(sessions, jnp.uint32),
-    )
 
 
 def tick(

@@ -1,7 +1,8 @@
 """Does what is heard agree with what is claimed?
 
 Both become one flag per 25 ms frame: the output audio by energy, the claimed words by their times; pauses
-shorter than 0.3 s are closed, as the weave does. Then each 200 ms cell of the micro-turn grid is on where at
+shorter than 0.3 s are closed, as the weave does; both lose the start by which the voice is late. Then each 200 ms
+cell of the micro-turn grid is on where at
 least a quarter of its frames are, the weave's rule for a held word, since the claim knows no finer time.
 Agreement is the share of cells in which both say the same. Silence alone can carry that, so the agreement
 within speech stands beside it: cells in which both speak over cells in which either does.
@@ -32,7 +33,8 @@ def both(performance: Performance) -> tuple[np.ndarray, np.ndarray]:
     frames = -(-len(performance.audio) // FRAME_SAMPLES)
     heard = intervals.mask(segments(performance.audio, BREATH), frames)
     claimed = intervals.mask(intervals.spans(performance.words, BREATH), frames)
-    return cells(heard), cells(claimed)
+    late = round(performance.late / intervals.FRAME_SECONDS)
+    return cells(heard[late:]), cells(claimed[late:])
 
 
 def agreement(performance: Performance) -> float:

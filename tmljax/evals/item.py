@@ -40,6 +40,7 @@ class Performance:
     heard: tuple[Word, ...] | None = None  # the user's words as the system noted them; None: it notes none
     tick_ms: tuple[float, ...] = ()
     vocoder_ms: tuple[float, ...] = ()
+    late: float = 0.0  # seconds by which sound and claims stand after the micro-turns that made them
 
 
 @dataclass(frozen=True)

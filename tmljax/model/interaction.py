@@ -164,9 +164,5 @@ class Definition:
         return nnx.merge(graph, jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(params)))
 
 
-def definition(stream: config.Stream, model: config.Model) -> Definition:
-    return Definition(stream, model)
-
-
 def count(params: Params) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))

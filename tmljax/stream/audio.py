@@ -34,7 +34,7 @@ def read_audio(path: str | os.PathLike[str]) -> np.ndarray:
         raise UserError(f"{name}: no such file" if not os.path.exists(name) else f"{name}: not a file")
     if os.path.getsize(name) == 0:
         raise UserError(f"{name}: the file is empty")
-    _refuse_truncated(name)
+    refuse_truncated(name)
     try:
         with soundfile.SoundFile(name) as file:
             promised, rate = file.frames, file.samplerate
@@ -54,7 +54,7 @@ def read_audio(path: str | os.PathLike[str]) -> np.ndarray:
     return samples[:, 0] if samples.shape[1] == 1 else samples
 
 
-def _refuse_truncated(name: str) -> None:
+def refuse_truncated(name: str) -> None:
     """libsndfile reads a cut WAV as if it were meant to be short, so its data chunk is compared with the file."""
     size = os.path.getsize(name)
     with open(name, "rb") as file:

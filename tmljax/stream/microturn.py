@@ -5,7 +5,8 @@ A micro-turn owns a fixed number of slots (transformer positions), in this order
     [user_audio | user_video | user_text | model_text | model_audio]
 
 Input slots of micro-turn t carry the wall clock [t, t+1) x 200 ms. Its output is made once that input is
-complete, so it is heard during [t+1, t+2) x 200 ms: `OUTPUT_LAG` micro-turns later. Everything that
+complete, so it is heard during [t+1, t+2) x 200 ms: `OUTPUT_LAG` micro-turns later, plus what its vocoder needs
+(`dmel.VOICE_DELAY`, 50 ms), which `decode.session` adds to sound and claims alike. Everything that
 turns times into micro-turns (weave, decoder, metrics) uses the two functions at the end of this file.
 """
 
