@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN := runs/quickstart
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: quickstart demo smoke test test-slow lint clean help
+.PHONY: quickstart demo smoke test test-slow lint clean distclean help
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -13,7 +13,7 @@ help:  ## list the targets
 $(BIN)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "tmljax needs Python 3.11 or newer, found " + sys.version.split()[0] + "; set PYTHON=/path/to/a/newer/python")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(BIN)/python -m pip install --progress-bar on --constraint constraints.txt --editable '.[test]'
 	@touch $@
 
 quickstart: $(BIN)/.installed  ## data, training, evaluation, a streamed conversation, an export; names the report
@@ -37,5 +37,8 @@ lint: $(BIN)/.installed  ## format and fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-clean:  ## remove what the targets made, the environment included
-	rm -rf $(VENV) runs data build
+clean:  ## remove the environment and caches; datasets and runs stay
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+
+distclean: clean  ## remove datasets and trained models too
+	rm -rf runs data

@@ -200,7 +200,7 @@ def _claim(home: Path, experiment: Experiment) -> None:
             )
             raise UserError(f"{home} was built with {fields}; choose another config.data.name or delete that folder")
         return
-    if home.exists() and any(home.iterdir()):
+    if home.exists() and any(not file.name.startswith("build.json.") for file in home.iterdir()):
         raise UserError(f"{home} is no dataset of ours and not empty; choose another config.data.name")
     home.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(wanted, indent=2) + "\n")

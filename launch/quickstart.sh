@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole story in one script: data, training, evaluation, one streamed conversation, export.
-# Usage: launch/quickstart.sh CONFIG WORKDIR     Safe to interrupt and run again: each step resumes or is skipped.
+# Usage: launch/quickstart.sh CONFIG WORKDIR     Safe to interrupt and run again: data and training go on where they were.
 set -euo pipefail
 config=configs/$1.py workdir=$2
 python=${PYTHON:-python3}

@@ -4,6 +4,7 @@ import typing
 import ml_collections
 import pytest
 
+from tmljax import config
 from tmljax.config import (
     Experiment,
     Mesh,

@@ -36,6 +36,9 @@ def schedule(optimizer: config.Optimizer, steps: int) -> optax.Schedule:
     return after if rise is None else optax.join_schedules([rise, after], [warmup])
 
 
+MUON_MOMENTUM = 0.95
+
+
 def make_optimizer(optimizer: config.Optimizer, axes: Any) -> optax.GradientTransformation:
     """`axes` is the tree of the trained parameters' logical dims (`Definition.axes()`)."""
     decays = map_axes(is_matrix, axes)
@@ -44,7 +47,7 @@ def make_optimizer(optimizer: config.Optimizer, axes: Any) -> optax.GradientTran
     if optimizer.name == "adamw":
         return adam
     muon = optax.chain(
-        scale_by_muon(beta=optimizer.b2, weight_dimension_numbers=muon_matrices(axes)),
+        scale_by_muon(beta=MUON_MOMENTUM, weight_dimension_numbers=muon_matrices(axes)),
         scale_to_rms(axes),
         optax.add_decayed_weights(optimizer.weight_decay),
         optax.scale(-1.0),

@@ -36,6 +36,7 @@ PEAKS = {
     "NVIDIA H200": 989e12,
     "NVIDIA GH200": 989e12,
     "NVIDIA B200": 2250e12,
+    "NVIDIA L40": 181e12,
     "NVIDIA L4": 121e12,
 }
 

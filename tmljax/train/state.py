@@ -80,4 +80,6 @@ def abstract_state(definition: Definition, optimizer: optax.GradientTransformati
 def create_state(definition: Definition, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int) -> State:
     """A fresh State, made where it belongs: no device ever holds more than its part."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(definition, optimizer, mesh))
-    return jax.jit(lambda: init_state(definition, optimizer, seed), out_shardings=shardings)()
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    options = {"xla_backend_optimization_level": 0} if on_cpu else None  # runs once: three times faster to compile
+    return jax.jit(lambda: init_state(definition, optimizer, seed), out_shardings=shardings, compiler_options=options)()
