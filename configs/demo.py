@@ -14,7 +14,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.name = "demo"
     config.data.train_hours = 50.0
     config.optimizer.warmup = 100
-    config.train.steps = 900
+    config.train.steps = 700
     config.train.save_every = 200
     config.train.eval_every = 200
     config.train.eval_batches = 4

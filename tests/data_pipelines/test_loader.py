@@ -38,7 +38,8 @@ def make_session(number: int, microturns: int, family: str = "turn_taking") -> S
     video = np.full((-(-microturns // EVERY), 40, 40, 3), number, np.uint8)
     video[:, 0, 0, 0] = np.arange(len(video))
     user = (Word("one", 0.1, 0.3), Word("two", 0.4, 0.5))
-    return Session(str(number), family, frames, dmel, mel, user_words=user, model_words=user, video=video)
+    throughout = (Word("one", 0.1, 0.3), Word("two", 0.4, frames / 40 + 1))  # the mel of a silent model is not its own
+    return Session(str(number), family, frames, dmel, mel, user_words=user, model_words=throughout, video=video)
 
 
 def make_sessions(count: int = 10, first: int = 0) -> list[Session]:

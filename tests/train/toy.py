@@ -109,7 +109,7 @@ def experiment(steps: int = 8, **changes: Any) -> config.Experiment:
     """`changes` are groups of fields, as {"optimizer": {"name": "muon"}}."""
     settings: dict[str, Any] = {
         "data": {"batch": 8},
-        "optimizer": {"warmup": 2, "learning_rate": 1e-2},
+        "optimizer": {"name": "adamw", "warmup": 2, "learning_rate": 1e-2},
         "train": {"steps": steps, "log_every": 2, "save_every": 4, "eval_every": 4, "keep": 2},
     }
     for group, fields in changes.items():
