@@ -14,7 +14,6 @@ import dataclasses
 import io
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,6 +27,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from absl import flags  # noqa: E402
 
+from data_pipelines import builder  # noqa: E402
 from launch import train, verb  # noqa: E402
 from tmljax import cluster  # noqa: E402
 from tmljax.config import Experiment  # noqa: E402
@@ -58,9 +58,8 @@ class Stamp(io.StringIO):
 def main(argv: Sequence[str]) -> None:
     given = flags.FLAGS
     experiment = shorten(verb.experiment(), SETTLE + given.steps)
-    build = [sys.executable, "-m", "launch.data", f"--config={given.config}"]
     began = time.perf_counter()
-    subprocess.run(build + [f"--config_field={field}" for field in given.config_field], check=True, stdout=sys.stderr)
+    builder.build(experiment)
     building = time.perf_counter() - began
     with tempfile.TemporaryDirectory() as folder:
         if given.start == "cold":
@@ -68,15 +67,9 @@ def main(argv: Sequence[str]) -> None:
         stamp = Stamp()
         train.train_workdir(experiment, os.path.join(folder, "workdir"), stamp)
         rows = read_rows(Path(folder) / "workdir" / FILE)[SETTLE:]
-    print(
-        json.dumps(
-            describe(given.config, experiment, rows)
-            | {
-                "start": given.start,
-                "start_seconds": round(stamp.at - BEGAN - building + interpreter_seconds(), 1),
-            }
-        )
-    )
+    start = stamp.at - BEGAN - building + interpreter_seconds()
+    report = describe(given.config, experiment, rows) | {"start": given.start, "start_seconds": round(start, 1)}
+    print(json.dumps(report))
 
 
 def shorten(experiment: Experiment, steps: int) -> Experiment:

@@ -34,6 +34,8 @@ def tokenizer() -> Tokenizer:
 class CountingVocoder:
     """Push t (from 1) returns t everywhere: placement in time becomes visible."""
 
+    latency_samples = 0
+
     def stream(self):
         return CountingVocoder()
 

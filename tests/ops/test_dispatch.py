@@ -79,17 +79,21 @@ def test_capacity_drops_are_counted(problem):
     """With little room some assignments are lost: exactly as many as reported, and only those."""
     mesh = make_mesh(config.Mesh(data=2, fsdp=1, expert=4, tensor=1))
     x_ND, weights, router_DE, _ = problem
-    routing = route(x_ND, router_DE, jnp.zeros(E), K)
-    run = lambda factor: dispatch.apply_experts(x_ND, routing, weights, BLOCKS, factor, mesh)  # noqa: E731
+    routing = jax.jit(route, static_argnums=3)(x_ND, router_DE, jnp.zeros(E), K)
+
+    def run(factor):
+        apply = partial(dispatch.apply_experts, local=BLOCKS, capacity_factor=factor, mesh=mesh)
+        return jax.jit(apply)(x_ND, routing, weights)
+
     (tight_ND, dropped), (_, none) = run(0.5), run(None)
-    lost = 0
+    expert_Nk, lost = np.asarray(routing.expert_Nk), 0
     room = dispatch.room_per_member(N // 8, K, E, 4, 0.5)
     kept_Nk = np.ones((N, K), bool)
     for device in range(8):  # what the exchange should drop, counted the slow way
         sent = [0] * 4
         for n in range(device * N // 8, (device + 1) * N // 8):
             for k in range(K):
-                owner = int(routing.expert_Nk[n, k]) // (E // 4)
+                owner = expert_Nk[n, k] // (E // 4)
                 sent[owner] += 1
                 kept_Nk[n, k] = sent[owner] <= room
                 lost += sent[owner] > room
@@ -104,7 +108,7 @@ def test_capacity_drops_are_counted(problem):
 
 def test_blocks_hold_each_assignment_once():
     expert_A = jnp.array([3, 0, -1, 3, 3, 1, 0, 3, -1, 3])
-    laid = experts.lay_blocks(expert_A, experts=4, rows=2)
+    laid = jax.tree.map(np.asarray, jax.jit(partial(experts.lay_blocks, experts=4, rows=2))(expert_A))
     for a, e in enumerate(np.array(expert_A)):
         row = int(laid.row_A[a])
         if e < 0:
