@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import wave
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -278,7 +279,8 @@ def test_interrupt_leaves_nothing_behind(exported, tmp_path):
     soundfile.write(tmp_path / "in.wav", np.zeros(16000 * 3600, np.int16), 16000)
     command = [sys.executable, "-m", "launch.stream", f"--workdir={exported}", f"--input={tmp_path}/in.wav"]
     command += [f"--output={tmp_path}/out.wav", f"--json={tmp_path}/out.json"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    heed = partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # tests started with & ignore Ctrl-C
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, preexec_fn=heed)
     seen = b""
     while b"streaming:   0%" not in seen:
         piece = os.read(process.stderr.fileno(), 4096)
