@@ -9,6 +9,7 @@ TensorBoard events.
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 from collections.abc import Sequence
@@ -40,9 +41,11 @@ def main(argv: Sequence[str]) -> int:
     workdir = flags.FLAGS.workdir
     outcome = train_workdir(verb.experiment(), workdir)
     if outcome.signal is None:
-        print(f"trained to step {outcome.step}; evaluate it with: python -m launch.evaluate --workdir={workdir}")
-        return 0
-    print(f"stopped by {outcome.signal.name} after step {outcome.step}, which is saved; the same command goes on")
+        said = f"trained to step {outcome.step}; evaluate it with: python -m launch.evaluate --workdir={workdir}"
+    else:
+        said = f"stopped by {outcome.signal.name} after step {outcome.step}, which is saved; the same command goes on"
+    if cluster.is_lead():
+        print(said)
     return 130 if outcome.signal is signal.SIGINT else 0
 
 
@@ -55,17 +58,18 @@ def train_workdir(experiment: Experiment, workdir: str, out: TextIO | None = Non
     mesh = make_mesh(experiment.mesh)
     process = {"process_index": cluster.process_index(), "process_count": cluster.process_count()}
     model = Definition(experiment.stream, experiment.model)
-    return train(
-        experiment,
-        workdir,
-        model,
-        objective,
-        loader.train_loader(experiment, tokenizer, seed=experiment.train.seed, **process),
-        loader.validation_batches(experiment, tokenizer, experiment.train.eval_batches, **process),
-        mesh,
-        flops=step_flops(experiment, model),
-        out=out,
-    )
+    with contextlib.closing(loader.train_loader(experiment, tokenizer, **process)) as batches:
+        return train(
+            experiment,
+            workdir,
+            model,
+            objective,
+            batches,
+            loader.validation_batches(experiment, tokenizer, experiment.train.eval_batches, **process),
+            mesh,
+            flops=step_flops(experiment, model),
+            out=out,
+        )
 
 
 def prepare_data(experiment: Experiment, workdir: str) -> Tokenizer:

@@ -9,6 +9,7 @@ from typing import Self
 
 import jax
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 CACHE_VARIABLE = "TMLJAX_CACHE"
 
@@ -56,6 +57,16 @@ def enable_compile_cache() -> None:
     """Compiled programs outlive the process, in ~/.cache/tmljax/xla or below $TMLJAX_CACHE."""
     jax.config.update("jax_compilation_cache_dir", os.path.join(cache_folder(), "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def compiler_options(mesh: Mesh, cpu_level: int) -> dict[str, int] | None:
+    """For `jax.jit`. At its highest level, 3, XLA:CPU compiles for long what then runs no faster.
+
+    Measured on the demo model's training step: 27, 19 and 16 s of CPU at levels 3, 2 and 1, and steps of 3.7, 3.6 and
+    3.8 s of CPU.
+    """
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    return {"xla_backend_optimization_level": cpu_level} if on_cpu else None
 
 
 class StopNotice:

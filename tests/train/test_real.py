@@ -11,8 +11,14 @@ import jax
 import numpy as np
 import pytest
 
-from tmljax import checkpoint
+from data_pipelines import loader
+from tmljax import checkpoint, config
+from tmljax.model.interaction import Definition
+from tmljax.sharding import batch_sharding, make_mesh
+from tmljax.train.feed import to_devices
 from tmljax.train.metrics import FILE, TIME, read_rows
+from tmljax.train.objective import objective
+from tmljax.train.step import make_program
 
 ROOT = Path(__file__).parents[2]
 SIZES = {
@@ -39,11 +45,11 @@ SIZES = {
 
 
 class Verb:
-    """`python -m launch.train` with a data folder and a compile cache of its own."""
+    """`python -m launch.train` with a data folder of its own, on one device."""
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.environment = os.environ | {"TMLJAX_CACHE": str(folder / "cache"), "XLA_FLAGS": ""}
+        self.environment = os.environ | {"XLA_FLAGS": ""}
 
     def start(self, workdir: Path, *more: str) -> subprocess.Popen:
         overrides = [f"--config.{name}={value}" for name, value in SIZES.items()]
@@ -100,6 +106,22 @@ def test_serving_finds_it(straight):
     assert experiment.model.d_model == 32
     assert tokenizer.vocab_size <= experiment.stream.vocab_size
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize("sizes", [{"data": 2, "expert": 2}, {"fsdp": 2, "tensor": 2}])
+def test_restored_on_another_mesh_the_loss_is_the_same(straight, sizes):
+    experiment, tokenizer, _ = checkpoint.load_for_serving(straight)
+    (batch,) = loader.validation_batches(experiment, tokenizer, 1)
+    losses = []
+    for mesh in (make_mesh(config.Mesh(), jax.devices()[:1]), make_mesh(config.Mesh(**sizes), jax.devices()[:4])):
+        program = make_program(experiment, Definition(experiment.stream, experiment.model), objective, mesh)
+        abstract = program.abstract
+        restored = checkpoint.resume(straight, abstract.params, (abstract.optimizer, abstract.step, abstract.skipped))
+        metrics = program.evaluate(restored.params, to_devices(batch, batch_sharding(mesh)))
+        losses.append({name: float(value) for name, value in metrics.items() if name.startswith("loss/")})
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    held_out = {name.removeprefix("val/"): value for name, value in rows(straight)[-1].items()}
+    assert losses[0] == pytest.approx({name: held_out[name] for name in losses[0]}, rel=1e-5)
 
 
 def test_sigkill_changes_no_value(verb, straight):

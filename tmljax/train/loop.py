@@ -109,7 +109,12 @@ def run_steps(run: Run, state: State, step: int, feed: Feed, stop: cluster.StopN
     config = run.experiment.train
     saved, unread = step, None  # `unread`: the step before and its metrics
     while step < config.steps and not stop.wanted:
-        fed = feed.next()
+        try:
+            fed = feed.next()
+        except Exception:
+            if stop.wanted:  # Ctrl-C reaches the data workers too
+                break
+            raise
         state, metrics = run.program.step(state, fed.batch)
         step += 1
         run.watch.count(fed.waited)

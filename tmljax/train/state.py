@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from tmljax.cluster import compiler_options
 from tmljax.sharding import param_shardings, replicated
 
 ROUTING = "balance_bias"  # leaves of this name are moved by the experts' load, not by gradients
@@ -80,6 +81,9 @@ def abstract_state(definition: Definition, optimizer: optax.GradientTransformati
 def create_state(definition: Definition, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int) -> State:
     """A fresh State, made where it belongs: no device ever holds more than its part."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(definition, optimizer, mesh))
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
-    options = {"xla_backend_optimization_level": 0} if on_cpu else None  # runs once: three times faster to compile
-    return jax.jit(lambda: init_state(definition, optimizer, seed), out_shardings=shardings, compiler_options=options)()
+    make = jax.jit(
+        lambda: init_state(definition, optimizer, seed),
+        out_shardings=shardings,
+        compiler_options=compiler_options(mesh, cpu_level=0),  # it runs once
+    )
+    return make()

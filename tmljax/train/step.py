@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from tmljax.cluster import compiler_options
 from tmljax.config import Experiment
 from tmljax.sharding import check_batch, replicated
 from tmljax.train.optimizer import make_optimizer, schedule
@@ -51,13 +52,17 @@ def make_program(experiment: Experiment, definition: Definition, objective: Obje
     optimizer = make_optimizer(experiment.optimizer, split(definition.axes())[0])
     abstract = abstract_state(definition, optimizer, mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    options = compiler_options(mesh, cpu_level=2)
     lose = partial(lose_batch, objective, definition, experiment, mesh)
     step = jax.jit(
         partial(take_step, lose, optimizer, experiment),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
+        compiler_options=options,
     )
-    evaluate = jax.jit(partial(evaluate_batch, lose, experiment), out_shardings=replicated(mesh))
+    evaluate = jax.jit(
+        partial(evaluate_batch, lose, experiment), out_shardings=replicated(mesh), compiler_options=options
+    )
     return Program(optimizer, abstract, step, evaluate)
 
 
