@@ -1,0 +1,7 @@
+"""The verbs: `python -m launch.VERB`."""
+
+import signal
+import sys
+
+if sys.argv[:1] == ["-m"]:  # a verb is being started; until `verb.run` takes over, Ctrl-C ends it without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

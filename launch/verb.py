@@ -11,6 +11,7 @@ import errno
 import importlib.util
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -54,6 +55,8 @@ def experiment() -> Experiment:
 def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
     """Runs a verb and returns its exit code: 2 and one line for a user's mistake, 130 after Ctrl-C."""
     logging.set_verbosity(logging.FATAL)  # libraries log what they also raise
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see launch/__init__.py
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     argv = list(sys.argv if argv is None else argv)
     if {"--help", "-h", "-help", "--helpfull", "--helpshort"} & set(argv[1:]):
         print(help_text(main))

@@ -15,6 +15,7 @@ LAYERS = {
     "tmljax.sharding": 0,
     "tmljax.cluster": 0,
     "tmljax.fingerprint": 0,
+    "tmljax.quiet": 0,
     "tmljax.stream": 1,
     "tmljax.ops": 1,
     "tmljax.model": 2,

@@ -15,13 +15,11 @@ import dataclasses
 import errno
 import gc
 import json
-import logging
 import os
 import re
 import shutil
 import sys
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +31,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from tmljax import cluster, config
 from tmljax.config import Experiment, UserError
 from tmljax.fingerprint import compare, fingerprints, flatten, host_fingerprints
+from tmljax.quiet import hushed
 from tmljax.stream.text import Tokenizer
 
 FOLDER = "checkpoints"
@@ -80,6 +79,8 @@ class Checkpoints:
             ),
         )
         self._writing = False
+        self._quiet = contextlib.ExitStack()
+        self._quiet.enter_context(hushed())
 
     def save(
         self, step: int, params: Any, optimizer: Any, iterator: Any, experiment: Experiment, loss: float | None = None
@@ -129,8 +130,9 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            with contextlib.suppress(Exception):  # raised by wait already
+            with self._quiet, contextlib.suppress(Exception):  # raised by wait already
                 self._manager.close()
+                gc.collect()
 
     def _failure(self, e: Exception) -> Exception:
         full = "No space left on device" in str(e) or getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
@@ -312,7 +314,7 @@ def write_text(path: Path, text: str) -> None:
 
 def _read(folder: Path, args: Callable[[], dict[str, Any]], check: Callable[[Any], None]) -> Any:
     """What orbax reads, checked. Raises Damaged."""
-    with _hushed():
+    with hushed():
         try:
             composite = ocp.args.Composite(**args(), progress=ocp.args.JsonRestore())
             found = ocp.Checkpointer(ocp.CompositeCheckpointHandler()).restore(folder, args=composite)
@@ -324,21 +326,6 @@ def _read(folder: Path, args: Callable[[], dict[str, Any]], check: Callable[[Any
             reason = Damaged(re.sub(r"\s+", " ", str(e.__cause__ or e))[:160] or type(e).__name__)
         gc.collect()
     raise reason
-
-
-@contextlib.contextmanager
-def _hushed() -> Iterator[None]:
-    """The tasks that a failed read leaves behind print pages of tracebacks; this keeps them from the user."""
-    hooks, logger = (sys.excepthook, sys.unraisablehook), logging.getLogger("asyncio")
-    level = logger.level
-    try:
-        sys.excepthook, sys.unraisablehook = lambda *_: None, lambda _: None
-        logger.setLevel(logging.CRITICAL)
-        with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
-            yield
-    finally:
-        sys.excepthook, sys.unraisablehook = hooks
-        logger.setLevel(level)
 
 
 def _step_folder(workdir: str | Path, step: int) -> Path:

@@ -96,3 +96,5 @@ class StopNotice:
         if self.signal is signal.SIGINT and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number)
+        if number == signal.SIGINT:
+            os.write(2, b"\nfinishing the step and saving; Ctrl-C again leaves at once\n")

@@ -1,4 +1,8 @@
+import os
+import signal
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from absl import flags
@@ -140,3 +144,15 @@ def test_our_own_mistakes_keep_their_traceback(own_flags, config_file):
 
 def test_the_exit_code_of_main_is_that_of_the_verb(own_flags, config_file):
     assert run(f"--config={config_file}", "--workdir=w", main=lambda _: 130) == 130
+
+
+def test_ctrl_c_while_libraries_load_leaves_no_traceback():
+    command = [sys.executable, "-X", "importtime", "-m", "launch.train", "--config=configs/smoke.py", "--workdir=none"]
+    root = Path(__file__).parents[2]
+    process = subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True, env=os.environ)
+    while "tensorflow_datasets" not in (line := process.stderr.readline()):
+        assert line, "it ended by itself"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == -signal.SIGINT, "a shell reports that as 130"
+    assert "Traceback" not in err

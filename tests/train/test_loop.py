@@ -220,11 +220,12 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "--lazy", tmp_path], check=True)
 
 
-def test_a_full_disk_is_one_clear_line_and_costs_no_older_checkpoint(straight, small_disk):
+def test_a_full_disk_is_one_clear_line_and_costs_no_older_checkpoint(straight, small_disk, capfd):
     source = Filling(small_disk)
     with pytest.raises((UserError, OSError), match=r"(No|no) space left") as e:
         toy.run(small_disk, toy.experiment(16), source)
     assert "\n" not in str(e.value)
+    assert "Event loop" not in capfd.readouterr().err
     assert checkpoint.latest_complete(small_disk) == 4
     source.ballast.unlink()
     assert toy.run(small_disk, toy.experiment(16)) == (16, None)
