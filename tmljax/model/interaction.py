@@ -22,6 +22,7 @@ from tmljax.model.embed import DmelEmbed, PatchEmbed
 from tmljax.model.heads import FlowHead, TextHead
 from tmljax.model.params import dense
 from tmljax.model.trunk import Trunk
+from tmljax.sharding import spread
 from tmljax.stream.microturn import ABSENT, BINS, Layout
 
 Params = dict[str, Any]
@@ -102,14 +103,17 @@ class InteractionModel(nnx.Module):
 
     def __call__(self, batch: Batch, mesh: Mesh | None = None) -> Outputs:
         """The training forward; `batch` as the loader makes it (tmljax/stream/weave.py)."""
+        batch = spread(batch, mesh)
         x_BTSD, present_BTS = self.weave(batch)
         B, T, S, D = x_BTSD.shape
         time_BT = batch["start"][:, None] + jnp.arange(T)[None]
+        counts_BTS = present_BTS.at[:, :, self.layout.inputs - 1].set(True) & batch["valid"][..., None]
         z_BPD, moe = self.trunk(
             x_BTSD.reshape(B, T * S, D),
             jnp.repeat(time_BT, S, axis=1),
             S,
             present_BTS.reshape(B, T * S),
+            counts_BTS.reshape(B, T * S),  # what is seen or predicted from
             mesh,
         )
         z_BTSD = z_BPD.reshape(B, T, S, D)
