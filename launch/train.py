@@ -23,7 +23,7 @@ from launch import verb
 from tmljax import checkpoint, cluster
 from tmljax.config import Experiment, UserError
 from tmljax.model.interaction import Definition
-from tmljax.sharding import make_mesh
+from tmljax.sharding import check, make_mesh, process_rows
 from tmljax.stream.text import Tokenizer
 from tmljax.train.loop import Outcome, train
 from tmljax.train.objective import objective
@@ -56,16 +56,17 @@ def train_workdir(experiment: Experiment, workdir: str, out: TextIO | None = Non
     checkpoint.keep_config(workdir, experiment)
     tokenizer = prepare_data(experiment, workdir)
     mesh = make_mesh(experiment.mesh)
-    process = {"process_index": cluster.process_index(), "process_count": cluster.process_count()}
+    check(experiment, mesh)
+    rows = process_rows(mesh, experiment.data.batch)
     model = Definition(experiment.stream, experiment.model)
-    with contextlib.closing(loader.train_loader(experiment, tokenizer, **process)) as batches:
+    with contextlib.closing(loader.train_loader(experiment, tokenizer, rows=rows)) as batches:
         return train(
             experiment,
             workdir,
             model,
             objective,
             batches,
-            loader.validation_batches(experiment, tokenizer, experiment.train.eval_batches, **process),
+            loader.validation_batches(experiment, tokenizer, experiment.train.eval_batches, rows=rows),
             mesh,
             flops=step_flops(experiment, model),
             out=out,
