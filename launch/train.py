@@ -51,6 +51,7 @@ def main(argv: Sequence[str]) -> int:
 
 def train_workdir(experiment: Experiment, workdir: str, out: TextIO | None = None) -> Outcome:
     """The verb, for an experiment at hand; progress goes to `out`, standard error by default."""
+    cluster.keep_memory()
     cluster.initialize()
     cluster.enable_compile_cache()
     checkpoint.keep_config(workdir, experiment)

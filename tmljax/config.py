@@ -93,7 +93,7 @@ class Data:
     test_per_family: int = 48  # test sessions of each scenario family
     mixture: Mapping[str, float] = field(default_factory=dict)  # family -> weight; empty: the default mixture
     recordings: str = ""  # moshi-finetune manifest(s) "a.jsonl:0.5,b.jsonl:1"; "" for none
-    window: int = 54  # micro-turns in a training example
+    window: int = 60  # micro-turns in a training example
     batch: int = 32  # examples a step, over all processes
     workers: int = 0  # grain worker processes; 0 reads in threads
 

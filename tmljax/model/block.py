@@ -20,6 +20,7 @@ from tmljax.ops import dispatch
 from tmljax.ops import experts as expert_ops
 from tmljax.ops.experts import Experts
 from tmljax.ops.norm import rms_norm
+from tmljax.ops.project import project
 from tmljax.ops.rope import rotate
 from tmljax.ops.route import route
 
@@ -54,8 +55,7 @@ class Attention(nnx.Module):
         y_BPD = rms_norm(x_BPD, self.norm[...])
         weight = lambda w: w[...].astype(x_BPD.dtype)  # noqa: E731
         q_BPHh = jnp.dot(y_BPD, weight(self.q)).reshape(B, P, H, h)
-        k_BPKh = jnp.dot(y_BPD, weight(self.k)).reshape(B, P, K, h)
-        v_BPKh = jnp.dot(y_BPD, weight(self.v)).reshape(B, P, K, h)
+        k_BPKh, v_BPKh = (x.reshape(B, P, K, h) for x in project(y_BPD, weight(self.k), weight(self.v)))
         q_BPHh = rotate(rms_norm(q_BPHh, self.q_norm[...]), time_BP)
         k_BPKh = rotate(rms_norm(k_BPKh, self.k_norm[...]), time_BP)
         out_BPHh = look(q_BPHh, k_BPKh, v_BPKh, self.sink[...])
