@@ -79,6 +79,7 @@ class InteractionModel(nnx.Module):
         slot_SD = self.slots[first : first + x_BTSD.shape[2]]
         return (x_BTSD + slot_SD[None, None]).astype(self.model.dtype)
 
+    @jax.named_scope("embed")
     def weave(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """All streams in the order of `Layout.positions`: ([B, P, D], present bool [B, P])."""
         B, T = batch["user_present"].shape

@@ -26,11 +26,14 @@ REMAT = {
 }
 
 
-UNROLLED = 8  # layers up to which nothing is scanned: XLA:CPU copies weights out of the stack, activations into one
+# Layers up to which nothing is scanned: XLA:CPU copies each layer's weights out of the stack, in training its
+# activations into another. A longer training program takes too long to compile.
+UNROLLED_IN_TICK, UNROLLED_IN_TRAINING = 16, 8
 
 
 def unrolled(model: config.Model) -> bool:
-    return model.layers <= UNROLLED
+    """Whether the tick takes the layers one by one."""
+    return model.layers <= UNROLLED_IN_TICK
 
 
 class Trunk(nnx.Module):
@@ -72,7 +75,7 @@ class Trunk(nnx.Module):
 
         if self.model.remat != "none":
             step = jax.checkpoint(step, policy=REMAT[self.model.remat], prevent_cse=False)
-        x_BPD, report = jax.lax.scan(step, x_BPD, stacked, unroll=unrolled(self.model))
+        x_BPD, report = jax.lax.scan(step, x_BPD, stacked, unroll=self.model.layers <= UNROLLED_IN_TRAINING)
         return rms_norm(x_BPD, self.norm[...]), report
 
     def extend(

@@ -133,11 +133,11 @@ def _runs(flags: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def voiced_segments(samples: np.ndarray, merge_gap: float = 0.3, min_length: float = 0.05) -> list[tuple[float, float]]:
-    """Stretches of sound as (start, end) seconds: gaps shorter than `merge_gap` closed, then short ones dropped."""
+    """Stretches of sound as (start, end) seconds: gaps of at most `merge_gap` closed, then short ones dropped."""
     seconds = FRAME_SAMPLES / SAMPLE_RATE
     merged: list[tuple[float, float]] = []
     for start, end in zip(*(edges * seconds for edges in _runs(energy_vad(samples))), strict=True):
-        if merged and start - merged[-1][1] < merge_gap - 1e-9:
+        if merged and start - merged[-1][1] <= merge_gap + 1e-9:
             merged[-1] = (merged[-1][0], float(end))
         else:
             merged.append((float(start), float(end)))
