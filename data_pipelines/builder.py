@@ -29,8 +29,9 @@ from tqdm import tqdm
 
 from data_pipelines import records
 from data_pipelines.plan import SPLITS, Shard, count_sessions, render_shard, shards
-from data_pipelines.staging import is_whole, read_summary, render_all, write_whole
+from data_pipelines.staging import is_whole, read_summary, render_all
 from data_pipelines.voices import Voices
+from tmljax import files
 from tmljax.config import Experiment, UserError
 from tmljax.stream.record import Session
 from tmljax.stream.text import Tokenizer
@@ -203,7 +204,7 @@ def _claim(home: Path, experiment: Experiment) -> None:
     if home.exists() and any(not file.name.startswith("build.json.") for file in home.iterdir()):
         raise UserError(f"{home} is no dataset of ours and not empty; choose another config.data.name")
     home.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(wanted, indent=2) + "\n")
+    files.write_text(path, json.dumps(wanted, indent=2) + "\n")
 
 
 def cores() -> int:
@@ -260,7 +261,7 @@ def _finish(experiment: Experiment, planned: Sequence[Shard], staging: Path) -> 
         dataset = Duplex(experiment)
         with contextlib.redirect_stdout(io.StringIO()):
             dataset.download_and_prepare(download_dir=folder(experiment) / STAGING)
-    write_whole(
+    files.write_text(
         folder(experiment) / "summary.json", json.dumps({"sessions": sessions, "seconds": seconds}, indent=2) + "\n"
     )
 
