@@ -14,6 +14,7 @@ import numpy as np
 import soundfile
 import soxr
 
+from tmljax import files
 from tmljax.config import UserError
 from tmljax.stream.microturn import FRAME_SAMPLES, SAMPLE_RATE
 
@@ -86,23 +87,15 @@ def write_wav(path: str | os.PathLike[str], samples: np.ndarray, rate: int = SAM
     """
     name = os.fspath(path)
     pcm = samples if samples.dtype == np.int16 else to_int16(samples)
-    temporary = f"{name}.{os.getpid()}.tmp"
     try:
-        with open(temporary, "wb") as raw:
-            with wave.open(raw, "wb") as file:
-                file.setnchannels(1 if pcm.ndim == 1 else pcm.shape[1])
-                file.setsampwidth(2)
-                file.setframerate(rate)
-                file.writeframes(np.ascontiguousarray(pcm, "<i2").tobytes())
-            raw.flush()
-            os.fsync(raw.fileno())
-        os.replace(temporary, name)
+        with files.whole(name) as aside, open(aside, "wb") as raw, wave.open(raw, "wb") as file:
+            file.setnchannels(1 if pcm.ndim == 1 else pcm.shape[1])
+            file.setsampwidth(2)
+            file.setframerate(rate)
+            file.writeframes(np.ascontiguousarray(pcm, "<i2").tobytes())
     except OSError as e:
         full = "the disk is full" if e.errno in (errno.ENOSPC, errno.EDQUOT) else e.strerror or str(e)
         raise UserError(f"cannot write {name}: {full}") from None
-    finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
 
 
 def to_int16(samples: np.ndarray) -> np.ndarray:
