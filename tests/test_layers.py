@@ -15,6 +15,7 @@ LAYERS = {
     "tmljax.sharding": 0,
     "tmljax.cluster": 0,
     "tmljax.fingerprint": 0,
+    "tmljax.files": 0,
     "tmljax.quiet": 0,
     "tmljax.stream": 1,
     "tmljax.ops": 1,
@@ -33,10 +34,10 @@ LAYERS = {
 
 # Narrower than the layer: all that these may import of the project.
 ONLY = {
-    "tmljax.stream": {"tmljax.config"},
+    "tmljax.stream": {"tmljax.config", "tmljax.files"},
     "tmljax.ops": {"tmljax.sharding"},  # arrays and static ints, no config objects
     "configs": {"tmljax.config"},
-    "data_pipelines": {"tmljax.config", "tmljax.stream"},  # a loader worker initialises no device
+    "data_pipelines": {"tmljax.config", "tmljax.files", "tmljax.stream"},  # a loader worker initialises no device
 }
 
 # Other people's packages, where not everything will do.

@@ -145,7 +145,7 @@ def check(experiment: Experiment, mesh: jax.sharding.Mesh) -> None:
             f"config.optimizer.accumulate={parts}; try {either('data.batch', multiples(batch, members * parts))}"
         )
     context, every = mesh.shape["context"], experiment.stream.video_every
-    if window % (context * every):
+    if context > 1 and window % (context * every):
         raise UserError(
             f"config.mesh.context={context} does not divide config.data.window={window} into whole multiples of "
             f"config.stream.video_every={every}; try {either('data.window', multiples(window, context * every))}"

@@ -27,11 +27,14 @@ REMAT = {
 }
 
 
-UNROLLED = 16  # layers up to which the tick is not scanned: XLA:CPU copies each layer's weights out of the stack
+# Layers up to which nothing is scanned: XLA:CPU copies each layer's weights out of the stack, in training its
+# activations into another. A longer training program takes too long to compile.
+UNROLLED_IN_TICK, UNROLLED_IN_TRAINING = 16, 8
 
 
 def unrolled(model: config.Model) -> bool:
-    return model.layers <= UNROLLED
+    """Whether the tick takes the layers one by one."""
+    return model.layers <= UNROLLED_IN_TICK
 
 
 class Trunk(nnx.Module):
@@ -49,17 +52,19 @@ class Trunk(nnx.Module):
     def __call__(
         self,
         x_BPD: jax.Array,
-        time_BP: jax.Array,
-        slots: int,
+        start_B: jax.Array,
+        place_P2: np.ndarray,
         present_BP: jax.Array,
         counts_BP: jax.Array,
         mesh: Mesh | None,
     ) -> tuple[jax.Array, MoeReport]:
-        """The training forward over whole examples of `slots` positions a micro-turn; reports stacked over layers.
+        """The training forward over whole examples that begin with micro-turn `start_B`; reports stacked over layers.
 
-        `present_BP` are positions that others may see, `counts_BP` those that have a say in the experts' load.
+        `place_P2` has the micro-turn from there and the slot of each position, in this order; `present_BP` are those
+        that others may see, `counts_BP` those that something comes of.
         """
-        turn_P, slot_P = np.divmod(np.arange(x_BPD.shape[1]), slots)
+        turn_P, slot_P = place_P2.T
+        time_BP = start_B[:, None] + turn_P[None]
         look = make_look(turn_P, slot_P, present_BP, self.model.window, QUERY_TURNS, mesh)
         graph, stacked = nnx.split(self.blocks)
 
@@ -68,7 +73,7 @@ class Trunk(nnx.Module):
 
         if self.model.remat != "none":
             step = jax.checkpoint(step, policy=REMAT[self.model.remat], prevent_cse=False)
-        x_BPD, report = jax.lax.scan(step, x_BPD, stacked)
+        x_BPD, report = jax.lax.scan(step, x_BPD, stacked, unroll=self.model.layers <= UNROLLED_IN_TRAINING)
         return rms_norm(x_BPD, self.norm[...]), report
 
     def extend(
