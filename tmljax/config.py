@@ -48,8 +48,9 @@ class Moe:
     top_k: int = 2
     expert_width: int = 128
     shared_width: int = 384
+    exchange: Literal["padded", "gathered"] = "padded"  # between devices: all-to-all, or gather and reduce
     capacity_factor: float | None = None  # room in the exchange against a balanced load; None: dropless
-    matmul: Literal["blocks", "ragged"] = "blocks"  # of the experts in training
+    matmul: Literal["blocks", "ragged", "grouped"] = "blocks"  # of the experts in training; grouped: TPU only
     tick_matmul: Literal["every", "gathered"] = "every"  # of the experts for the few tokens of a tick
     block_rows: int = 256  # rows of a block of "blocks"
     balance_rate: float = 1e-3  # step of the routing bias (loss-free balancing, arXiv 2408.15664)

@@ -14,10 +14,13 @@ from tmljax.config import Mesh, UserError
 AXES = ("data", "fsdp", "expert", "tensor")
 BATCH_AXES = ("data", "fsdp", "expert")  # every device but a tensor neighbour works on its own examples
 
-# Logical dimension of a parameter -> mesh axis. The one table to edit for a new topology.
-PLACEMENT: dict[str, str | None] = {
+# Logical dimension of a parameter -> mesh axis or axes. The one table to edit for a new topology.
+# What all experts share is split over the expert axis too: no device holds a second copy of anything.
+PLACEMENT: dict[str, str | tuple[str, ...] | None] = {
     "layers": None,
-    "embed": "fsdp",
+    "embed": ("fsdp", "expert"),
+    "expert_embed": "fsdp",  # the same dimension of an expert's matrices
+    "flow": ("fsdp", "expert"),  # the hidden dimension of the flow head
     "heads": "tensor",
     "kv_heads": "tensor",
     "experts": "expert",
@@ -31,16 +34,22 @@ PLACEMENT: dict[str, str | None] = {
 def make_mesh(config: Mesh, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
     """Raises UserError when the sizes do not make up the number of devices."""
     devices = list(jax.devices() if devices is None else devices)
+    sizes = fill(config, len(devices))
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def fill(config: Mesh, devices: int) -> dict[str, int]:
+    """Size of each axis, an open one filled. Raises UserError when they do not make up the number of devices."""
     sizes = {axis: getattr(config, axis) for axis in AXES}
     open_axes = [axis for axis, size in sizes.items() if size == -1]
     if len(open_axes) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
         raise UserError(f"config.mesh {sizes} needs sizes of at least 1, and -1 on one axis at most")
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if open_axes:
-        sizes[open_axes[0]] = len(devices) // fixed
-    if math.prod(sizes.values()) != len(devices):
-        raise UserError(f"config.mesh {sizes} has {math.prod(sizes.values())} places for {len(devices)} devices")
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+        sizes[open_axes[0]] = devices // fixed
+    if math.prod(sizes.values()) != devices:
+        raise UserError(f"config.mesh {sizes} has {math.prod(sizes.values())} places for {devices} devices")
+    return sizes
 
 
 def param_shardings(mesh: jax.sharding.Mesh, axes: Any, params: Any) -> Any:
@@ -51,16 +60,20 @@ def param_shardings(mesh: jax.sharding.Mesh, axes: Any, params: Any) -> Any:
 
     def place(names: tuple[str, ...], param: Any) -> NamedSharding:
         spec = [PLACEMENT[name] for name in names]
-        taken = [axis for axis in spec if axis is not None]
+        taken = [axis for entry in spec for axis in axes_of(entry)]
         assert len(taken) == len(set(taken)), f"{names} puts two dimensions on one mesh axis"
-        for name, axis, size in zip(names, spec, param.shape, strict=True):
-            if axis is not None and size % mesh.shape[axis]:
-                raise UserError(
-                    f"config.mesh.{axis}={mesh.shape[axis]} does not divide the model's {name} dimension of {size}"
-                )
+        for name, entry, size in zip(names, spec, param.shape, strict=True):
+            if size % math.prod(mesh.shape[axis] for axis in axes_of(entry)):
+                sizes = " x ".join(f"config.mesh.{axis}={mesh.shape[axis]}" for axis in axes_of(entry))
+                raise UserError(f"{sizes} does not divide the model's {name} dimension of {size}")
         return NamedSharding(mesh, PartitionSpec(*spec))
 
     return jax.tree.map(place, axes, params, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes of one entry of a PartitionSpec."""
+    return (entry,) if isinstance(entry, str) else entry or ()
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
@@ -80,3 +93,10 @@ def check_batch(mesh: jax.sharding.Mesh, batch: int) -> None:
             f"config.data.batch={batch} is not divisible by the {members} devices of the mesh axes "
             f"{' x '.join(BATCH_AXES)}; the nearest that is: {max(1, round(batch / members)) * members}"
         )
+
+
+def check_matmul(mesh: jax.sharding.Mesh, matmul: str) -> None:
+    """Raises UserError where the platform lacks it."""
+    platform = mesh.devices.flat[0].platform
+    if matmul == "grouped" and platform != "tpu":
+        raise UserError(f"config.model.moe.matmul='grouped' is a TPU kernel; on {platform} use 'ragged' or 'blocks'")

@@ -16,6 +16,8 @@ from tmljax.sharding import make_mesh
 
 N, D, E, W, K = 64, 12, 8, 16, 3
 BLOCKS = partial(dispatch.in_blocks, rows=8)
+RAGGED = partial(dispatch.in_rows, multiply=experts.ragged)
+GROUPED = partial(dispatch.in_rows, multiply=partial(experts.grouped, interpret=True))
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +52,7 @@ def assert_same(a, b):
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-4), a, b)
 
 
-@pytest.mark.parametrize("local", [BLOCKS, dispatch.in_ragged_rows], ids=["blocks", "ragged"])
+@pytest.mark.parametrize("local", [BLOCKS, RAGGED, GROUPED], ids=["blocks", "ragged", "grouped"])
 def test_one_device(problem, local):
     apply = partial(dispatch.apply_experts, local=local, capacity_factor=None, mesh=None)
     assert_same(value_and_grads(apply, problem), value_and_grads(plain, problem))
@@ -104,6 +106,30 @@ def test_capacity_drops_are_counted(problem):
     np.testing.assert_allclose(
         tight_ND, experts.every_expert(x_ND, routing.expert_Nk, gate_Nk, weights), rtol=1e-4, atol=2e-4
     )
+
+
+@pytest.mark.parametrize("sizes", [(2, 1, 4, 1), (1, 2, 2, 2)], ids=str)
+def test_gathering_all_tokens_is_an_exchange_too(problem, sizes):
+    mesh = make_mesh(config.Mesh(*sizes))
+    apply = partial(dispatch.apply_experts, local=BLOCKS, capacity_factor=None, mesh=mesh, gathers=experts.ragged)
+    assert_same(value_and_grads(apply, problem), value_and_grads(plain, problem))
+
+
+def test_gathered_tokens_have_room_by_device():
+    """What does not fit a device's rows is counted and adds nothing: the last of its experts lose first."""
+    mesh = make_mesh(config.Mesh(data=2, fsdp=1, expert=4, tensor=1))
+    k = jax.random.split(jax.random.key(0), 4)
+    weights = Experts(*(jax.random.normal(key, (E, 16, 16)) for key in k[:3]))
+    x_ND = jax.random.normal(k[3], (N, 16))
+    routing = jax.jit(route, static_argnums=3)(x_ND, jnp.zeros((16, E)).at[:, :2].set(0.1), jnp.zeros(E), 2)
+    expert_Nk = jnp.tile(jnp.array([[0, 1]]), (N, 1))  # all of them the first device's
+    routing = routing._replace(expert_Nk=expert_Nk, gate_Nk=jnp.full((N, 2), 0.5))
+    apply = partial(dispatch.apply_experts, local=BLOCKS, capacity_factor=2.0, mesh=mesh, gathers=experts.ragged)
+    y_ND, dropped = jax.jit(apply)(x_ND, routing, weights)
+    room = N // 8 * 2 * 2  # rows of a device; its four members' tokens ask for twice that
+    assert float(dropped) == N * 2 - 2 * room
+    first_ND = experts.every_expert(x_ND, expert_Nk, jnp.array([[0.5, 0.0]] * N), weights)
+    np.testing.assert_allclose(y_ND, first_ND, rtol=1e-4, atol=1e-4)
 
 
 def test_blocks_hold_each_assignment_once():

@@ -72,9 +72,9 @@ class ExpertLayer(nnx.Module):
         self.norm = constant((D,), ("embed",), 1.0)
         self.router = dense(rngs, (D, E), ("embed", "small"), fan_in=D)
         self.balance_bias = constant((E,), ("small",))
-        self.gate = dense(rngs, (E, D, W), ("experts", "embed", "width"), fan_in=D)
-        self.up = dense(rngs, (E, D, W), ("experts", "embed", "width"), fan_in=D)
-        self.down = dense(rngs, (E, W, D), ("experts", "width", "embed"), fan_in=W, gain=gain)
+        self.gate = dense(rngs, (E, D, W), ("experts", "expert_embed", "width"), fan_in=D)
+        self.up = dense(rngs, (E, D, W), ("experts", "expert_embed", "width"), fan_in=D)
+        self.down = dense(rngs, (E, W, D), ("experts", "width", "expert_embed"), fan_in=W, gain=gain)
         self.shared_gate = dense(rngs, (D, S), ("embed", "width"), fan_in=D)
         self.shared_up = dense(rngs, (D, S), ("embed", "width"), fan_in=D)
         self.shared_down = dense(rngs, (S, D), ("width", "embed"), fan_in=S, gain=gain)
@@ -89,9 +89,13 @@ class ExpertLayer(nnx.Module):
             few = expert_ops.gathered if self.moe.tick_matmul == "gathered" else expert_ops.every_expert
             routed_ND, dropped = few(y_ND, routing.expert_Nk, routing.gate_Nk, experts), jnp.zeros((), jnp.float32)
         else:
+            multiply = expert_ops.grouped if self.moe.matmul == "grouped" else expert_ops.ragged
             blocks = partial(dispatch.in_blocks, rows=self.moe.block_rows)
-            local = blocks if self.moe.matmul == "blocks" else dispatch.in_ragged_rows
-            routed_ND, dropped = dispatch.apply_experts(y_ND, routing, experts, local, self.moe.capacity_factor, mesh)
+            local = blocks if self.moe.matmul == "blocks" else partial(dispatch.in_rows, multiply=multiply)
+            gathers = multiply if self.moe.exchange == "gathered" else None
+            routed_ND, dropped = dispatch.apply_experts(
+                y_ND, routing, experts, local, self.moe.capacity_factor, mesh, gathers
+            )
         shared_ND = expert_ops.swiglu(y_ND, weight(self.shared_gate), weight(self.shared_up), weight(self.shared_down))
         report = MoeReport(routing.load_E, dropped, routing.z_loss)
         return (routed_ND + shared_ND).reshape(B, P, D), report

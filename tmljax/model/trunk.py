@@ -12,7 +12,7 @@ from tmljax import config
 from tmljax.model import cache
 from tmljax.model.block import Block, MoeReport
 from tmljax.model.params import constant
-from tmljax.ops.attention import attend, attend_in_blocks, query_blocks, see
+from tmljax.ops.attention import attend, attend_in_blocks, forgetful, query_blocks, see
 from tmljax.ops.norm import rms_norm
 from tmljax.sharding import BATCH_AXES
 
@@ -55,9 +55,10 @@ class Trunk(nnx.Module):
             for q, k in blocks
         ]
         graph, stacked = nnx.split(self.blocks)
+        block = attend if self.model.remat == "none" else forgetful
 
         def look(q_BPHh, k_BPKh, v_BPKh, sink_H):
-            return attend_in_blocks(q_BPHh, k_BPKh, v_BPKh, blocks, masks, sink_H)
+            return attend_in_blocks(q_BPHh, k_BPKh, v_BPKh, blocks, masks, sink_H, block)
 
         def step(x_BPD, layer):
             if mesh is not None and mesh.size > 1:

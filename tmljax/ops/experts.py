@@ -1,9 +1,10 @@
-"""The experts' mathematics: SwiGLU (arXiv 2002.05202) for many small experts at once, in three ways.
+"""The experts' mathematics: SwiGLU (arXiv 2002.05202) for many small experts at once, in several ways.
 
 `every_expert` is the plain version: all experts on all tokens, then the chosen are picked. `blocks` sorts tokens
 by expert into blocks of equal size and multiplies block by block: dropless, static shapes, fast where
-`jax.lax.ragged_dot` is not (XLA:CPU). `ragged` is `jax.lax.ragged_dot`, for accelerators. `gathered` fetches each
-token's own experts (gather + GEMV), for the few tokens of a tick when there are many experts.
+`jax.lax.ragged_dot` is not (XLA:CPU). `ragged` is `jax.lax.ragged_dot`, for accelerators; `grouped` is JAX's Pallas
+kernel for TPUs, where XLA would multiply every row with every expert to get the gradient of `ragged`'s weights.
+`gathered` fetches each token's own experts (gather + GEMV), for the few tokens of a tick when there are many experts.
 
 Legend: N tokens, A assignments (rows that carry an expert id; -1 marks an empty row), D d_model, E experts,
 W expert width, k chosen experts, n blocks, b rows of a block.
@@ -65,7 +66,7 @@ class Blocks(NamedTuple):
 def lay_blocks(expert_A: jax.Array, experts: int, rows: int) -> Blocks:
     """Groups assignments by expert into blocks of `rows`; empty assignments (-1) get no row."""
     A = expert_A.shape[0]
-    n = -(-A // rows) + experts
+    n = A if rows == 1 else -(-A // rows) + experts
     one_hot_AE = expert_A[:, None] == jnp.arange(experts)[None]
     rank_AE = jnp.cumsum(one_hot_AE.astype(jnp.int32), axis=0)
     blocks_E = -(-rank_AE[-1] // rows)
@@ -98,6 +99,26 @@ def _take_rows_backward(saved, d_RD):
 
 
 take_rows.defvjp(_take_rows_forward, _take_rows_backward)
+
+
+@jax.custom_vjp
+def add_rows(y_RD: jax.Array, row_kN: jax.Array, source_R: jax.Array) -> jax.Array:
+    """The transpose of `take_rows`: [N, D], the sum of the k rows that each token went to (none past the end)."""
+    padded = jnp.concatenate([y_RD, jnp.zeros((1, y_RD.shape[1]), y_RD.dtype)])
+    return sum(padded[row_kN[i]] for i in range(row_kN.shape[0]))
+
+
+def _add_rows_forward(y_RD, row_kN, source_R):
+    return add_rows(y_RD, row_kN, source_R), (row_kN, source_R)
+
+
+def _add_rows_backward(saved, d_ND):
+    row_kN, source_R = saved
+    no_grad = lambda i: np.zeros(i.shape, jax.dtypes.float0)  # noqa: E731
+    return take_rows(d_ND, source_R, row_kN), no_grad(row_kN), no_grad(source_R)
+
+
+add_rows.defvjp(_add_rows_forward, _add_rows_backward)
 
 
 def blocked(x_RD: jax.Array, expert_n: jax.Array, experts: Experts) -> jax.Array:
@@ -135,3 +156,21 @@ def ragged(x_RD: jax.Array, rows_E: jax.Array, experts: Experts) -> jax.Array:
     a_RW = jax.lax.ragged_dot(x_RD, experts.gate_EDW, rows_E)
     u_RW = jax.lax.ragged_dot(x_RD, experts.up_EDW, rows_E)
     return jax.lax.ragged_dot(jax.nn.silu(a_RW) * u_RW, experts.down_EWD, rows_E)
+
+
+TILE = (512, 1024, 1024)  # rows, depth and columns that `grouped` works on at once
+
+
+def grouped(x_RD: jax.Array, rows_E: jax.Array, experts: Experts, interpret: bool = False) -> jax.Array:
+    """As `ragged`, through Megablox (arXiv 2211.15841); rows beyond the experts' are anything."""
+    from jax.experimental.pallas.ops.tpu.megablox import gmm  # half a second that only TPUs need
+
+    R, padded = x_RD.shape[0], -(-x_RD.shape[0] // TILE[0]) * TILE[0]
+
+    def multiply(x: jax.Array, weight: jax.Array) -> jax.Array:
+        tile = (TILE[0], min(TILE[1], x.shape[1]), min(TILE[2], weight.shape[2]))
+        return gmm(x, weight, rows_E, x.dtype, tile, interpret=interpret)
+
+    x_RD = jnp.pad(x_RD, ((0, padded - R), (0, 0)))
+    h_RW = jax.nn.silu(multiply(x_RD, experts.gate_EDW)) * multiply(x_RD, experts.up_EDW)
+    return multiply(h_RW, experts.down_EWD)[:R]
