@@ -143,6 +143,22 @@ def eight(**sizes: int) -> jax.sharding.Mesh:
             "config.model.moe.exchange='ragged' needs jax.lax.ragged_all_to_all, which XLA has on TPU and GPU, not on "
             "cpu; with config.mesh.expert=2 use config.model.moe.exchange='padded' here",
         ),
+        (
+            {"model": {"moe": {"matmul": "grouped"}}},
+            {"fsdp": 8},
+            "config.model.moe.matmul='grouped' is a kernel for TPUs; on cpu use config.model.moe.matmul='blocks'",
+        ),
+        (
+            {"model": {"d_model": 36}},
+            {"fsdp": 4, "expert": 2},
+            "config.mesh.fsdp=4 x config.mesh.expert=2 does not divide config.model.d_model=36; config.mesh.fsdp=3 or "
+            "6, or config.mesh.expert=1 or 3 does, and so would config.model.d_model=32 or 40",
+        ),
+        (
+            {"model": {"d_model": 33}},
+            {"fsdp": 4, "expert": 2},
+            "config.model.d_model=33; config.model.d_model=32 or 40 would do",
+        ),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -165,8 +181,12 @@ def test_a_dimension_that_does_not_divide_is_named():
 
 
 def test_two_dimensions_on_one_axis_are_named(monkeypatch):
-    assert spec(("layers", "experts", "embed", "width")) == PartitionSpec(None, "expert", "fsdp", "tensor")
-    monkeypatch.setitem(sharding.PLACEMENT, "embed", Place("tensor", "model.d_model"))
+    assert spec(("layers", "experts", "expert_embed", "width")) == PartitionSpec(None, "expert", "fsdp", "tensor")
+    assert spec(("embed", "shared_width")) == PartitionSpec(("fsdp", "expert"), "tensor")
+    assert complaint(spec, ("experts", "embed")) == (
+        "PLACEMENT in tmljax/sharding.py puts experts and embed of one parameter on mesh axis 'expert'; move one"
+    )
+    monkeypatch.setitem(sharding.PLACEMENT, "embed", Place(("tensor",), "model.d_model"))
     assert complaint(spec, ("embed", "heads")) == (
         "PLACEMENT in tmljax/sharding.py puts embed and heads of one parameter on mesh axis 'tensor'; move one"
     )
@@ -177,7 +197,8 @@ def test_every_parameter_of_the_model_is_in_the_table():
     placed = jax.tree.leaves(
         param_shardings(eight(fsdp=2, expert=2, tensor=2), definition.axes(), definition.abstract())
     )
-    axes = {axis for sharding in placed for axis in sharding.spec if axis is not None}
+    entries = {entry for sharding in placed for entry in sharding.spec if entry is not None}
+    axes = {axis for entry in entries for axis in ([entry] if isinstance(entry, str) else entry)}
     assert axes == {"fsdp", "expert", "tensor"}
 
 

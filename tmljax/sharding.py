@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from tmljax.config import Experiment, Mesh, UserError
+from tmljax.config import Experiment, Mesh, Moe, UserError
 
 AXES = ("data", "fsdp", "expert", "context", "tensor")  # the slowest network first
 BATCH_AXES = ("data", "fsdp", "expert")  # these work on examples of their own
@@ -24,24 +24,26 @@ TOKEN_AXES = (*BATCH_AXES, "context")  # and these on positions of their own
 
 
 class Place(NamedTuple):
-    axis: str | None  # of the mesh
+    axes: tuple[str, ...]  # of the mesh, that divide it together
     field: str | None  # of the config, that says how many there are to divide
 
 
 # Logical dimension of a parameter -> where it goes. The one table to edit for a new topology.
+# What all experts share is divided by the expert axis too, so that no device holds a second copy of it.
 PLACEMENT: dict[str, Place] = {
-    "layers": Place(None, "model.layers"),
-    "embed": Place("fsdp", "model.d_model"),
-    "heads": Place("tensor", "model.heads"),
-    "kv_heads": Place("tensor", "model.kv_heads"),
-    "experts": Place("expert", "model.moe.experts"),
-    "width": Place("tensor", "model.moe.expert_width"),
-    "shared_width": Place("tensor", "model.moe.shared_width"),
-    "vocab": Place("tensor", "stream.vocab_size"),
-    "frame": Place("fsdp", "model.d_model"),
-    "flow": Place("fsdp", "model.flow.width"),
-    "input": Place(None, None),
-    "small": Place(None, None),
+    "layers": Place((), "model.layers"),
+    "embed": Place(("fsdp", "expert"), "model.d_model"),
+    "expert_embed": Place(("fsdp",), "model.d_model"),  # the same dimension of an expert's matrices
+    "heads": Place(("tensor",), "model.heads"),
+    "kv_heads": Place(("tensor",), "model.kv_heads"),
+    "experts": Place(("expert",), "model.moe.experts"),
+    "width": Place(("tensor",), "model.moe.expert_width"),
+    "shared_width": Place(("tensor",), "model.moe.shared_width"),
+    "vocab": Place(("tensor",), "stream.vocab_size"),
+    "frame": Place(("fsdp",), "model.d_model"),
+    "flow": Place(("fsdp", "expert"), "model.flow.width"),
+    "input": Place((), None),
+    "small": Place((), None),
 }
 
 
@@ -126,56 +128,85 @@ def either(field: str, sizes: Iterable[int]) -> str:
 
 
 def check(experiment: Experiment, mesh: jax.sharding.Mesh) -> None:
-    """Raises UserError for what the mesh does not divide, naming the field and the nearest sizes that work."""
-    for axis, field in dict.fromkeys(PLACEMENT.values()):
-        if axis is not None and field is not None:
-            size, members = reduce(getattr, field.split("."), experiment), mesh.shape[axis]
-            copied = field == "model.kv_heads" and members % size == 0
-            if size % members and not copied:
-                raise UserError(
-                    f"config.mesh.{axis}={members} does not divide config.{field}={size}; "
-                    f"{either(f'mesh.{axis}', divisors(size, members))} does, "
-                    f"and so would {either(field, multiples(size, members))}"
-                )
-    members, parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES), experiment.optimizer.accumulate
+    """Raises UserError for what the mesh does not divide or its platform lacks, naming the field and a remedy."""
+    check_sizes(experiment, mesh.shape)
+    check_platform(experiment.model.moe, mesh.shape, mesh.devices.flat[0].platform)
+
+
+def check_sizes(experiment: Experiment, sizes: Mapping[str, int]) -> None:
+    """Raises UserError for what mesh axes of these sizes do not divide, naming the nearest that work."""
+    for place in dict.fromkeys(PLACEMENT.values()):
+        if place.axes and place.field is not None:
+            size = reduce(getattr, place.field.split("."), experiment)
+            copied = place.field == "model.kv_heads" and members(sizes, place.axes) % size == 0
+            if size % members(sizes, place.axes) and not copied:
+                near = either(place.field, multiples(size, members(sizes, place.axes)))
+                mesh_near = nearest_axes(sizes, place.axes, size)
+                remedy = f"{mesh_near} does, and so would {near}" if mesh_near else f"{near} would do"
+                raise UserError(f"{said(sizes, place.axes)} does not divide config.{place.field}={size}; {remedy}")
+    groups, parts = members(sizes, BATCH_AXES), experiment.optimizer.accumulate
     batch, window = experiment.data.batch, experiment.data.window
-    if batch % (members * parts):
+    if batch % (groups * parts):
         raise UserError(
-            f"config.data.batch={batch} does not divide over {' x '.join(BATCH_AXES)} = {members} of config.mesh and "
-            f"config.optimizer.accumulate={parts}; try {either('data.batch', multiples(batch, members * parts))}"
+            f"config.data.batch={batch} does not divide over {' x '.join(BATCH_AXES)} = {groups} of config.mesh and "
+            f"config.optimizer.accumulate={parts}; try {either('data.batch', multiples(batch, groups * parts))}"
         )
-    context, every = mesh.shape["context"], experiment.stream.video_every
+    context, every = sizes["context"], experiment.stream.video_every
     if context > 1 and window % (context * every):
         raise UserError(
             f"config.mesh.context={context} does not divide config.data.window={window} into whole multiples of "
             f"config.stream.video_every={every}; try {either('data.window', multiples(window, context * every))}"
         )
-    check_exchange(experiment.model.moe.exchange, mesh)
 
 
-def check_exchange(exchange: str, mesh: jax.sharding.Mesh) -> None:
-    """Raises UserError where the platform lacks it."""
-    platform = mesh.devices.flat[0].platform
-    if exchange == "ragged" and mesh.shape["expert"] > 1 and platform == "cpu":
+def check_platform(moe: Moe, sizes: Mapping[str, int], platform: str) -> None:
+    """Raises UserError for what the platform lacks, naming what it has."""
+    if moe.exchange == "ragged" and sizes["expert"] > 1 and platform == "cpu":
         raise UserError(
             f"config.model.moe.exchange='ragged' needs jax.lax.ragged_all_to_all, which XLA has on TPU and GPU, not on "
-            f"{platform}; with config.mesh.expert={mesh.shape['expert']} use config.model.moe.exchange='padded' here"
+            f"{platform}; with config.mesh.expert={sizes['expert']} use config.model.moe.exchange='padded' here"
         )
+    if moe.matmul == "grouped" and platform != "tpu":
+        remedy = "blocks" if platform == "cpu" else "ragged"
+        raise UserError(
+            f"config.model.moe.matmul='grouped' is a kernel for TPUs; on {platform} use "
+            f"config.model.moe.matmul='{remedy}'"
+        )
+
+
+def members(sizes: Mapping[str, int], axes: Iterable[str]) -> int:
+    """Of these axes together."""
+    return math.prod(sizes[axis] for axis in axes)
+
+
+def said(sizes: Mapping[str, int], axes: Iterable[str]) -> str:
+    return " x ".join(f"config.mesh.{axis}={sizes[axis]}" for axis in axes if sizes[axis] > 1)
+
+
+def nearest_axes(sizes: Mapping[str, int], axes: Iterable[str], size: int) -> str:
+    """The nearest sizes of each axis, the others as they are, that divide `size`; "" where there are none."""
+    remedies = []
+    for axis in axes:
+        others = members(sizes, axes) // sizes[axis]
+        if sizes[axis] > 1 and size % others == 0:
+            remedies.append(either(f"mesh.{axis}", divisors(size // others, sizes[axis])))
+    return ", or ".join(remedies)
 
 
 def param_shardings(mesh: jax.sharding.Mesh, axes: Any, params: Any) -> Any:
     """NamedShardings for a tree of parameters, from the tree of their logical dimensions.
 
-    Raises UserError for a dimension that its mesh axis does not divide, and for two on one axis.
+    Raises UserError for a dimension that its mesh axes do not divide, and for two on one axis.
     """
 
     def place(names: tuple[str, ...], param: Any) -> NamedSharding:
         for name, size in zip(names, param.shape, strict=True):
-            axis, field = PLACEMENT[name]
-            if axis is not None and size % mesh.shape[axis]:
+            axes, field = PLACEMENT[name]
+            if size % members(mesh.shape, axes):
+                near = nearest_axes(mesh.shape, axes, size)
                 raise UserError(
-                    f"config.mesh.{axis}={mesh.shape[axis]} does not divide the model's {name} dimension of {size} "
-                    f"(config.{field}); {either(f'mesh.{axis}', divisors(size, mesh.shape[axis]))} does"
+                    f"{said(mesh.shape, axes)} does not divide the model's {name} dimension of {size} "
+                    f"(config.{field}){f'; {near} does' if near else ''}"
                 )
         return NamedSharding(mesh, spec(names))
 
@@ -184,11 +215,15 @@ def param_shardings(mesh: jax.sharding.Mesh, axes: Any, params: Any) -> Any:
 
 def spec(names: Sequence[str]) -> PartitionSpec:
     """Of an array with these logical dimensions. Raises UserError where two of them take one mesh axis."""
-    axes = [PLACEMENT[name].axis for name in names]
-    for axis in {axis for axis in axes if axis is not None and axes.count(axis) > 1}:
-        both = " and ".join(name for name in names if PLACEMENT[name].axis == axis)
-        raise UserError(f"PLACEMENT in tmljax/sharding.py puts {both} of one parameter on mesh axis {axis!r}; move one")
-    return PartitionSpec(*axes)
+    places = [PLACEMENT[name].axes for name in names]
+    for axis in AXES:
+        both = [name for name, axes in zip(names, places, strict=True) if axis in axes]
+        if len(both) > 1:
+            raise UserError(
+                f"PLACEMENT in tmljax/sharding.py puts {' and '.join(both)} of one parameter on mesh axis {axis!r}; "
+                "move one"
+            )
+    return PartitionSpec(*(axes if len(axes) > 1 else axes[0] if axes else None for axes in places))
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
@@ -210,8 +245,8 @@ def process_rows(mesh: jax.sharding.Mesh, batch: int, process: int | None = None
     Processes that `context` or `tensor` joins read the same rows. Raises UserError where two share some rows only.
     """
     process = jax.process_index() if process is None else process
-    members = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    owner = np.vectorize(lambda device: device.process_index)(mesh.devices).reshape(members, -1)
+    groups = members(mesh.shape, BATCH_AXES)
+    owner = np.vectorize(lambda device: device.process_index)(mesh.devices).reshape(groups, -1)
     held = {index: (owner == index).any(axis=1) for index in np.unique(owner).tolist()}
     mine = held[process]
     if any((mine & other).any() and (mine != other).any() for other in held.values()):
@@ -220,7 +255,7 @@ def process_rows(mesh: jax.sharding.Mesh, batch: int, process: int | None = None
             f"config.mesh.context={mesh.shape['context']} and config.mesh.tensor={mesh.shape['tensor']}; choose sizes "
             "that divide a process or are divided by it"
         )
-    return np.flatnonzero(np.repeat(mine, batch // members))
+    return np.flatnonzero(np.repeat(mine, batch // groups))
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:

@@ -130,8 +130,9 @@ def test_recomputation_changes_nothing(params, batch, alone, remat):
     assert_equal(there, alone)
 
 
-def test_ragged_matmuls_in_the_whole_model(params, batch, alone):
-    model = replace(MODEL, moe=replace(MOE, matmul="ragged"))
+@pytest.mark.parametrize("moe", [{"matmul": "ragged"}, {"exchange": "gathered", "matmul": "ragged"}], ids=str)
+def test_other_matmuls_and_exchanges_in_the_whole_model(params, batch, alone, moe):
+    model = replace(MODEL, moe=replace(MOE, **moe))
     assert_equal(run(params, batch, mesh_of({"expert": 4, "context": 2}), model), alone)
 
 

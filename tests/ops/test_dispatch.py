@@ -19,9 +19,10 @@ from tmljax.ops.route import NOBODY, route
 from tmljax.sharding import BATCH_AXES, make_mesh, spec
 
 B, P, D, E, W, K = 8, 8, 16, 8, 16, 3
-BLOCKS = partial(dispatch.in_blocks, rows=8)
-LOCAL = {"blocks": BLOCKS, "ragged_dot": dispatch.in_ragged_rows}
-EXCHANGES = {"padded": dispatch.padded, "ragged": dispatch.ragged}
+BLOCKS, RAGGED = dispatch.in_blocks(rows=8), dispatch.in_rows(experts.ragged)
+LOCAL = {"blocks": BLOCKS, "ragged_dot": RAGGED}
+GROUPED = dispatch.in_rows(partial(experts.grouped, interpret=True))
+EXCHANGES = {"padded": dispatch.padded, "ragged": dispatch.ragged, "gathered": dispatch.gathered}
 
 
 def plain_ragged_all_to_all(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):
@@ -83,17 +84,15 @@ def assert_same(a, b):
 
 def place(problem, mesh):
     x_BPD, weights, *rest = problem
-    matrices = Experts(*(NamedSharding(mesh, spec(names)) for names in 2 * [("experts", "embed", "width")]),
-                       NamedSharding(mesh, spec(("experts", "width", "embed"))))  # fmt: skip
+    matrices = Experts(*(NamedSharding(mesh, spec(names)) for names in 2 * [("experts", "expert_embed", "width")]),
+                       NamedSharding(mesh, spec(("experts", "width", "expert_embed"))))  # fmt: skip
     rows = NamedSharding(mesh, PartitionSpec(BATCH_AXES, "context"))
     return jax.device_put(x_BPD, rows), jax.device_put(weights, matrices), *rest
 
 
-@pytest.mark.parametrize("local", LOCAL)
+@pytest.mark.parametrize("local", [*LOCAL.values(), GROUPED], ids=[*LOCAL, "grouped"])
 def test_one_device(problem, expected, local):
-    apply = partial(
-        dispatch.apply_experts, local=LOCAL[local], exchange=dispatch.padded, capacity_factor=None, mesh=None
-    )
+    apply = partial(dispatch.apply_experts, local=local, exchange=dispatch.padded, capacity_factor=None, mesh=None)
     assert_same(value_and_grads(apply, problem), expected)
 
 
@@ -130,9 +129,7 @@ def test_bfloat16_is_as_close_as_its_digits(problem, expected, exchange):
 
     def apply(x_BPD, routing, weights):
         half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (x_BPD, weights))
-        y_BPD, dropped = dispatch.apply_experts(
-            half[0], routing, half[1], dispatch.in_ragged_rows, EXCHANGES[exchange], None, mesh
-        )
+        y_BPD, dropped = dispatch.apply_experts(half[0], routing, half[1], RAGGED, EXCHANGES[exchange], None, mesh)
         assert y_BPD.dtype == jnp.bfloat16
         return y_BPD.astype(jnp.float32), dropped
 
@@ -158,8 +155,18 @@ def lost_in_ragged(owner_NM, room):
     return lost_NM
 
 
+def lost_in_gathered(expert_NM, mine, room):
+    """Assignments beyond the room of each owner: the last of its experts lose first, in them the last assignments."""
+    expert_A, lost_A = expert_NM.ravel(), np.zeros(expert_NM.size, bool)
+    for owner in range(E // mine):
+        own = np.flatnonzero((expert_A != NOBODY) & (expert_A // mine == owner))
+        lost_A[own[np.argsort(expert_A[own], kind="stable")][room:]] = True
+    return lost_A.reshape(expert_NM.shape)
+
+
+@pytest.mark.parametrize("local", LOCAL)
 @pytest.mark.parametrize("exchange", EXCHANGES)
-def test_capacity_drops_are_counted(problem, exchange):
+def test_capacity_drops_are_counted(problem, exchange, local):
     """With little room some assignments are lost: exactly as many as reported."""
     mesh = make_mesh(config.Mesh(data=2, expert=4))
     x_BPD, weights, router_DE, counts_BP, _ = problem
@@ -167,7 +174,7 @@ def test_capacity_drops_are_counted(problem, exchange):
 
     def run(factor):
         apply = partial(
-            dispatch.apply_experts, local=BLOCKS, exchange=EXCHANGES[exchange], capacity_factor=factor, mesh=mesh
+            dispatch.apply_experts, local=LOCAL[local], exchange=EXCHANGES[exchange], capacity_factor=factor, mesh=mesh
         )
         return jax.jit(apply)(x_BPD, routing, weights)
 
@@ -180,15 +187,23 @@ def test_capacity_drops_are_counted(problem, exchange):
         lost_NM = lost_in_padded(owner_NM, room) & (owner_NM >= 0)
     else:
         room = dispatch.room_per_member(*sizes)
-        lost_NM = np.concatenate([lost_in_ragged(group, room) for group in (owner_NM[:4], owner_NM[4:])])
+        groups = (slice(0, 4), slice(4, 8))
+        if exchange == "gathered":
+            lost = [lost_in_gathered(expert_NM[group], E // 4, room) for group in groups]
+        else:
+            lost = [lost_in_ragged(owner_NM[group], room) for group in groups]
+        lost_NM = np.concatenate(lost)
     assert lost_NM.any()
     assert float(dropped) == lost_NM.sum()
     assert float(none) == 0
 
     touched_BP = lost_NM.reshape(B, P, K).any(axis=2)  # these positions lost something, the others nothing
     off_BP = np.abs(np.asarray(tight_BPD - whole_BPD)).max(axis=2) > 1e-4
-    if exchange == "padded":  # a ragged sender sends by expert, so that others of its positions are cut
+    if exchange != "ragged":  # whose senders send by expert, so that others of their positions are cut
         np.testing.assert_array_equal(off_BP, touched_BP)
+        kept_BPk = jnp.where(lost_NM.reshape(B, P, K), 0, routing.gate_BPk)
+        kept_BPD, _ = plain(x_BPD, routing._replace(gate_BPk=kept_BPk), weights)
+        np.testing.assert_allclose(tight_BPD, kept_BPD, rtol=1e-4, atol=1e-4)
     assert 0 < off_BP.sum() <= lost_NM.sum()
 
 
@@ -240,7 +255,7 @@ def test_exchange_plan_moves_each_row_to_its_place(room):
 
 def test_blocks_hold_each_assignment_once():
     expert_A = jnp.array([3, 0, -1, 3, 3, 1, 0, 3, -1, 3])
-    laid = jax.tree.map(np.asarray, jax.jit(partial(experts.lay_blocks, experts=4, rows=2))(expert_A))
+    laid = jax.tree.map(np.asarray, jax.jit(partial(experts.lay_blocks, experts=4, room=10, rows=2))(expert_A))
     for a, e in enumerate(np.array(expert_A)):
         row = int(laid.row_A[a])
         if e < 0:
@@ -253,11 +268,23 @@ def test_blocks_hold_each_assignment_once():
 
 def test_sorted_rows_hold_each_assignment_once():
     expert_A = np.array([3, 0, -1, 3, 3, 1, 0, 3, -1, 3])
-    laid = jax.tree.map(np.asarray, dispatch.sort_rows(jnp.asarray(expert_A), 4))
+    laid = jax.tree.map(np.asarray, experts.sort_rows(jnp.asarray(expert_A), 4, 10))
     assert laid.rows_E.tolist() == [2, 1, 0, 5]
-    assert laid.source_A.tolist() == [1, 6, 5, 0, 3, 4, 7, 9, 10, 10]
+    assert laid.source_R.tolist() == [1, 6, 5, 0, 3, 4, 7, 9, 10, 10]
     for a, e in enumerate(expert_A):
-        assert laid.row_A[a] == (10 if e < 0 else laid.source_A.tolist().index(a))
+        assert laid.row_A[a] == (10 if e < 0 else laid.source_R.tolist().index(a))
+
+
+@pytest.mark.parametrize("lay", [partial(experts.lay_blocks, rows=2), experts.sort_rows], ids=["blocks", "sorted"])
+def test_what_finds_no_room_is_the_last_experts(lay):
+    """Of eight assignments five: those of experts 0 and 1, and the first two of expert 3's five."""
+    expert_A = jnp.array([3, 0, -1, 3, 3, 1, 0, 3, -1, 3])
+    laid = jax.tree.map(np.asarray, lay(expert_A, 4, room=5))
+    rows = len(laid.source_R)
+    assert np.flatnonzero(laid.row_A < rows).tolist() == [0, 1, 3, 5, 6]
+    assert set(laid.row_A[[2, 4, 7, 8, 9]].tolist()) == {rows}
+    assert sorted(laid.source_R[laid.source_R < 10].tolist()) == [0, 1, 3, 5, 6]
+    assert laid.source_R[laid.row_A[[0, 1, 3, 5, 6]]].tolist() == [0, 1, 3, 5, 6]
 
 
 def test_balance_bias_selects_but_does_not_weigh(problem):

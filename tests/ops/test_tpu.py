@@ -10,7 +10,7 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tmljax import config
-from tmljax.ops import dispatch
+from tmljax.ops import dispatch, experts
 from tmljax.ops.experts import Experts
 from tmljax.ops.route import route
 from tmljax.sharding import BATCH_AXES, make_mesh, spec
@@ -34,14 +34,14 @@ def compiled(mesh, exchange) -> str:
 
     def loss(x_BPD, weights, router_DE):
         routing = route(x_BPD, router_DE, jnp.zeros(E), K)
-        local = dispatch.in_ragged_rows
+        local = dispatch.in_rows(experts.ragged)
         y_BPD, dropped = dispatch.apply_experts(x_BPD, routing, weights, local, exchange, 1.5, mesh)
         return jnp.sum(y_BPD.astype(jnp.float32) ** 2), dropped
 
     def array(shape, *axes, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*axes)))
 
-    columns, lines = spec(("experts", "embed", "width")), spec(("experts", "width", "embed"))
+    columns, lines = spec(("experts", "expert_embed", "width")), spec(("experts", "width", "expert_embed"))
     weights = Experts(array((E, D, W), *columns), array((E, D, W), *columns), array((E, W, D), *lines))
     x_BPD, router_DE = array((B, P, D), BATCH_AXES, "context"), array((D, E), "fsdp", dtype=jnp.float32)
     step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))

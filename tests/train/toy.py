@@ -50,7 +50,7 @@ class Definition:
             "enter": ("input", "embed"),
             "blocks": {
                 "mix": ("layers", "embed", "small"),
-                "experts": ("layers", "experts", "embed", "small"),
+                "experts": ("layers", "experts", "expert_embed", "small"),
                 "norm": ("layers", "embed"),
                 "balance_bias": ("layers", "small"),
             },

@@ -6,7 +6,6 @@ Legend: B batch, P positions, D d_model, H heads, K kv heads, h head dim, E expe
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -63,6 +62,15 @@ class Attention(nnx.Module):
         return jnp.dot(out_BPHh.reshape(B, P, H * h), weight(self.out))
 
 
+EXCHANGES = {"padded": dispatch.padded, "ragged": dispatch.ragged, "gathered": dispatch.gathered}
+
+
+def local_work(moe: config.Moe) -> dispatch.Local:
+    if moe.matmul == "blocks":
+        return dispatch.in_blocks(moe.block_rows)
+    return dispatch.in_rows(expert_ops.grouped if moe.matmul == "grouped" else expert_ops.ragged)
+
+
 class ExpertLayer(nnx.Module):
     """Routed experts, beside a shared one unless its width is 0 (DeepSeekMoE, arXiv 2401.06066)."""
 
@@ -73,9 +81,9 @@ class ExpertLayer(nnx.Module):
         self.norm = constant((D,), ("embed",), 1.0)
         self.router = dense(rngs, (D, E), ("embed", "small"), fan_in=D)
         self.balance_bias = constant((E,), ("small",))
-        self.gate = dense(rngs, (E, D, W), ("experts", "embed", "width"), fan_in=D)
-        self.up = dense(rngs, (E, D, W), ("experts", "embed", "width"), fan_in=D)
-        self.down = dense(rngs, (E, W, D), ("experts", "width", "embed"), fan_in=W, gain=gain)
+        self.gate = dense(rngs, (E, D, W), ("experts", "expert_embed", "width"), fan_in=D)
+        self.up = dense(rngs, (E, D, W), ("experts", "expert_embed", "width"), fan_in=D)
+        self.down = dense(rngs, (E, W, D), ("experts", "width", "expert_embed"), fan_in=W, gain=gain)
         if S:
             self.shared_gate = dense(rngs, (D, S), ("embed", "shared_width"), fan_in=D)
             self.shared_up = dense(rngs, (D, S), ("embed", "shared_width"), fan_in=D)
@@ -95,9 +103,7 @@ class ExpertLayer(nnx.Module):
             flat = [x.reshape(B * P, -1) for x in (y_BPD, routing.expert_BPk, routing.gate_BPk)]
             routed_BPD, dropped = few(*flat, experts).reshape(B, P, D), jnp.zeros((), jnp.float32)
         else:
-            blocks = partial(dispatch.in_blocks, rows=self.moe.block_rows)
-            local = blocks if self.moe.matmul == "blocks" else dispatch.in_ragged_rows
-            exchange = dispatch.padded if self.moe.exchange == "padded" else dispatch.ragged
+            local, exchange = local_work(self.moe), EXCHANGES[self.moe.exchange]
             routed_BPD, dropped = dispatch.apply_experts(
                 y_BPD, routing, experts, local, exchange, self.moe.capacity_factor, mesh
             )

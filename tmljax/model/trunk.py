@@ -13,7 +13,7 @@ from tmljax import config
 from tmljax.model import cache
 from tmljax.model.block import Block, MoeReport
 from tmljax.model.params import constant
-from tmljax.ops.attention import attend, see
+from tmljax.ops.attention import attend, forgetful, see
 from tmljax.ops.context import make_look
 from tmljax.ops.norm import rms_norm
 from tmljax.sharding import spread
@@ -65,7 +65,8 @@ class Trunk(nnx.Module):
         """
         turn_P, slot_P = place_P2.T
         time_BP = start_B[:, None] + turn_P[None]
-        look = make_look(turn_P, slot_P, present_BP, self.model.window, QUERY_TURNS, mesh)
+        score = attend if self.model.remat == "none" else forgetful
+        look = make_look(turn_P, slot_P, present_BP, self.model.window, QUERY_TURNS, mesh, score)
         graph, stacked = nnx.split(self.blocks)
 
         def step(x_BPD, layer):

@@ -6,11 +6,13 @@ head needs somewhere to look). It has no position, so it serves a session's hour
 Legend: B batch, P query positions, Q key positions, K kv heads, G queries per kv head, h head dim.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]  # as `attend` below
 
 HIDDEN = -1e30  # a masked logit; finite, so that a row without keys stays finite
 
@@ -33,6 +35,9 @@ def attend(
     return out_BKGPh.transpose(0, 3, 1, 2, 4).reshape(B, P, H, h)
 
 
+forgetful = jax.checkpoint(attend)  # scores are made again in the backward pass
+
+
 def query_blocks(turn_P: np.ndarray, block: int, window: int) -> list[tuple[slice, slice]]:
     """Splits a sequence into blocks of queries, each with the keys it could see.
 
@@ -53,10 +58,12 @@ def attend_in_blocks(
     blocks: Sequence[tuple[slice, slice]],
     masks: Sequence[jax.Array],
     sink_H: jax.Array,
+    attend: Attend = attend,
 ) -> jax.Array:
     """`attend` of a sequence to itself, block by block of `query_blocks`: equal, and unseen keys cost nothing.
 
-    `masks` holds each block's visibility, bool [B, queries, keys].
+    `masks` holds each block's visibility, bool [B, queries, keys]. With `forgetful` as `attend`, no more than one
+    block's scores are in memory at a time, in the backward pass either.
     """
     parts = [
         attend(q_BPHh[:, queries], k_BPKh[:, keys], v_BPKh[:, keys], mask, sink_H)

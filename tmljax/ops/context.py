@@ -13,18 +13,25 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from tmljax.ops.attention import attend_in_blocks, query_blocks, see
+from tmljax.ops.attention import Attend, attend, attend_in_blocks, query_blocks, see
 from tmljax.sharding import BATCH_AXES
 
 AXIS = "context"
 
 
 def make_look(
-    turn_P: np.ndarray, slot_P: np.ndarray, present_BP: jax.Array, window: int, block: int, mesh: Mesh | None
+    turn_P: np.ndarray,
+    slot_P: np.ndarray,
+    present_BP: jax.Array,
+    window: int,
+    block: int,
+    mesh: Mesh | None,
+    attend: Attend = attend,
 ) -> Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]:
     """Attention (q, k, v, sinks) -> [B, P, H, h] of positions whose micro-turns, from 0, and slots these are.
 
-    The positions of each member's micro-turns must be those of the first's, later. `block` is as in `query_blocks`.
+    The positions of each member's micro-turns must be those of the first's, later. `block` is as in `query_blocks`,
+    `attend` as in `attend_in_blocks`.
     """
     members = 1 if mesh is None else mesh.shape[AXIS]
     own, turns = len(turn_P) // members, (int(turn_P[-1]) + 1) // members
@@ -39,9 +46,9 @@ def make_look(
         turn_1Q = turn_Q[None]
         return [see(turn_1Q[:, q], slot_Q[q], turn_1Q[:, k], slot_Q[k], present_BQ[:, k], window) for q, k in sights]
 
-    def attend(q_BPHh, k_BPKh, v_BPKh, sink_H, masks):
+    def look_around(q_BPHh, k_BPKh, v_BPKh, sink_H, masks):
         k_BQKh, v_BQKh = with_past(k_BPKh, shards), with_past(v_BPKh, shards)
-        return attend_in_blocks(q_BPHh, k_BQKh, v_BQKh, blocks, masks, sink_H)
+        return attend_in_blocks(q_BPHh, k_BQKh, v_BQKh, blocks, masks, sink_H, attend)
 
     if mesh is not None and mesh.size > 1:
         heads = PartitionSpec(BATCH_AXES, AXIS, "tensor", None)
@@ -49,13 +56,13 @@ def make_look(
         sharded = {"mesh": mesh, "check_vma": False}
         see_in_blocks = jax.shard_map(see_in_blocks, in_specs=rows, out_specs=rows, **sharded)
         each = (heads, heads, heads, PartitionSpec("tensor"), rows)
-        attend = jax.shard_map(attend, in_specs=each, out_specs=heads, **sharded)
+        look_around = jax.shard_map(look_around, in_specs=each, out_specs=heads, **sharded)
     masks = see_in_blocks(present_BP)
 
     def look(q_BPHh, k_BPKh, v_BPKh, sink_H):
         copies = 1 if mesh is None else max(1, mesh.shape["tensor"] // k_BPKh.shape[2])  # no member without a kv head
         k_BPKh, v_BPKh = (jnp.repeat(x, copies, axis=2) if copies > 1 else x for x in (k_BPKh, v_BPKh))
-        return attend(q_BPHh, k_BPKh, v_BPKh, sink_H, masks)
+        return look_around(q_BPHh, k_BPKh, v_BPKh, sink_H, masks)
 
     return look
 

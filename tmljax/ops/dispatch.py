@@ -1,19 +1,21 @@
 """Positions to their experts and back: all of expert parallelism.
 
-Without an expert axis, positions are laid by expert where they are. With one, each device sends every assignment to
-the owner of its expert, the owner does the same local work, and a second exchange brings the results home. Two
-exchanges of one signature:
+Without an expert axis, positions are laid by expert where they are. With one, an exchange brings them to the owners of
+their experts, who do the same local work, and brings the results home. Three exchanges of one signature:
 
 `ragged`: rows sorted by expert, exactly those there are, through `jax.lax.ragged_all_to_all` (TPU and GPU; XLA:CPU
 has none). What a device receives from all others shares one buffer, so that it overflows only where the load of a
 whole device exceeds the room.
 `padded`: an `all_to_all` of fixed room for each pair of devices, everywhere.
+`gathered`: every device gets all positions of the expert axis, works on those that chose its own experts, and a
+reduction brings their sums home. M - 1 rows move for each position, each way, where the others move k x capacity: less
+on a short axis, on links that a gather uses twice as well. A device's rows share one buffer here too.
 
 Room is `capacity_factor` times a balanced load, and what does not fit is counted; `None` makes room for the worst
 case, so that nothing is dropped.
 
 Legend: B batch, P positions, N = B x P (of this device inside `shard_map`), A assignments = N x k, D d_model,
-E experts, W expert width, k chosen experts, M members of the expert axis, R rows of a buffer.
+E experts, W expert width, k chosen experts, M members of the expert axis, G = M x N, R rows of a buffer.
 """
 
 import math
@@ -27,52 +29,41 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from tmljax.ops import experts as ops
-from tmljax.ops.experts import Experts
-from tmljax.ops.route import Routing
+from tmljax.ops.experts import Blocks, Experts, Sorted
+from tmljax.ops.route import NOBODY, Routing
 from tmljax.sharding import BATCH_AXES, TOKEN_AXES, spec
 
 AXIS = "expert"
 
-LocalExperts = Callable[[jax.Array, jax.Array, Experts], jax.Array]  # rows [N, D], expert ids [A] -> [A, D]
-# (rows [N, D], expert ids [A], this device's experts, local work, capacity factor) -> ([A, D], dropped)
-Exchange = Callable[[jax.Array, jax.Array, Experts, LocalExperts, float | None], tuple[jax.Array, jax.Array]]
+
+class Local(NamedTuple):
+    """The work of a device's own experts: how rows are laid for it, and what multiplies them as they lie."""
+
+    lay: Callable[[jax.Array, int, int], Blocks | Sorted]  # (expert ids [A], experts, room)
+    multiply: Callable[[jax.Array, jax.Array, Experts], jax.Array]  # (rows [R, D], last field of lay's) -> [R, D]
 
 
-def in_blocks(x_ND: jax.Array, expert_A: jax.Array, experts: Experts, rows: int) -> jax.Array:
+# (rows [N, D], expert ids [N, k], gates [N, k], this device's experts, local work, capacity factor)
+# -> (gated sums [N, D], dropped)
+Exchange = Callable[[jax.Array, jax.Array, jax.Array, Experts, Local, float | None], tuple[jax.Array, jax.Array]]
+
+
+def in_blocks(rows: int) -> Local:
+    """Blocks of so many rows; with what XLA:CPU is fast at."""
+    return Local(partial(ops.lay_blocks, rows=rows), ops.blocked)
+
+
+def in_rows(multiply: Callable[[jax.Array, jax.Array, Experts], jax.Array]) -> Local:
+    """Rows sorted by expert without gaps, for `ops.ragged` or `ops.grouped`."""
+    return Local(ops.sort_rows, multiply)
+
+
+def work(x_ND: jax.Array, expert_A: jax.Array, experts: Experts, local: Local) -> jax.Array:
     """Each assignment's row of x (row A // (A / N)) through its expert: [A, D]; zeros where the id is -1."""
     k = expert_A.shape[0] // x_ND.shape[0]
-    laid = ops.lay_blocks(expert_A, experts.gate_EDW.shape[0], rows)
-    x_RD = ops.take_rows(x_ND, laid.source_R // k, laid.row_A.reshape(-1, k).T)
-    y_RD = ops.blocked(x_RD, laid.expert_n, experts)
-    return ops.take_rows(y_RD, laid.row_A, laid.source_R[None])
-
-
-def in_ragged_rows(x_ND: jax.Array, expert_A: jax.Array, experts: Experts) -> jax.Array:
-    """As `in_blocks`, through `jax.lax.ragged_dot`."""
-    k = expert_A.shape[0] // x_ND.shape[0]
-    by_expert = sort_rows(expert_A, experts.gate_EDW.shape[0])
-    x_AD = ops.take_rows(x_ND, by_expert.source_A // k, by_expert.row_A.reshape(-1, k).T)
-    y_AD = ops.ragged(x_AD, by_expert.rows_E, experts)
-    return ops.take_rows(y_AD, by_expert.row_A, by_expert.source_A[None])
-
-
-class Sorted(NamedTuple):
-    """Assignments in the order of their experts, and where each went; A where there is nothing."""
-
-    source_A: jax.Array
-    row_A: jax.Array
-    rows_E: jax.Array
-
-
-def sort_rows(expert_A: jax.Array, experts: int) -> Sorted:
-    """By sorting twice: accelerators scatter slowly."""
-    A, there_A = expert_A.shape[0], expert_A >= 0
-    number_A = jnp.arange(A, dtype=jnp.int32)
-    key_A, source_A = jax.lax.sort((jnp.where(there_A, expert_A, experts), number_A), num_keys=1)
-    _, row_A = jax.lax.sort((source_A, number_A), num_keys=1)
-    end_E = jnp.searchsorted(key_A, jnp.arange(experts, dtype=key_A.dtype), side="right").astype(jnp.int32)
-    rows_E = jnp.diff(end_E, prepend=0)
-    return Sorted(jnp.where(number_A < end_E[-1], source_A, A), jnp.where(there_A, row_A, A), rows_E)
+    row_A, source_R, groups = local.lay(expert_A, experts.gate_EDW.shape[0], expert_A.shape[0])
+    x_RD = ops.take_rows(x_ND, source_R // k, row_A.reshape(-1, k).T)
+    return ops.take_rows(local.multiply(x_RD, groups, experts), row_A, source_R[None])
 
 
 def combine(y_AD: jax.Array, gate_Nk: jax.Array) -> jax.Array:
@@ -80,13 +71,30 @@ def combine(y_AD: jax.Array, gate_Nk: jax.Array) -> jax.Array:
     return jnp.einsum("NkD,Nk->ND", y_AD.reshape(N, k, -1), gate_Nk.astype(y_AD.dtype))
 
 
+def alone(
+    x_ND: jax.Array,
+    expert_Nk: jax.Array,
+    gate_Nk: jax.Array,
+    experts: Experts,
+    local: Local,
+    capacity_factor: float | None,
+) -> tuple[jax.Array, jax.Array]:
+    """No exchange, where each device has all experts."""
+    return combine(work(x_ND, expert_Nk.reshape(-1), experts, local), gate_Nk), jnp.zeros((), jnp.int32)
+
+
 def padded(
-    x_ND: jax.Array, expert_A: jax.Array, experts: Experts, local: LocalExperts, capacity_factor: float | None
+    x_ND: jax.Array,
+    expert_Nk: jax.Array,
+    gate_Nk: jax.Array,
+    experts: Experts,
+    local: Local,
+    capacity_factor: float | None,
 ) -> tuple[jax.Array, jax.Array]:
     """The exchange of fixed room for each pair of devices, inside `shard_map`."""
-    members, A = jax.lax.axis_size(AXIS), expert_A.shape[0]
-    N, mine = x_ND.shape[0], experts.gate_EDW.shape[0]
-    k, room = A // N, room_per_pair(N, A // N, mine, members, capacity_factor)
+    (N, k), expert_A, A = expert_Nk.shape, expert_Nk.reshape(-1), expert_Nk.size
+    members, mine = jax.lax.axis_size(AXIS), experts.gate_EDW.shape[0]
+    room = room_per_pair(N, k, mine, members, capacity_factor)
     owner_A = jnp.where(expert_A >= 0, expert_A // mine, members)
     owned_AM = owner_A[:, None] == jnp.arange(members)[None]
     rank_A = jnp.sum(jnp.where(owned_AM, jnp.cumsum(owned_AM, axis=0, dtype=jnp.int32), 0), axis=1) - 1
@@ -97,8 +105,9 @@ def padded(
 
     exchange = partial(jax.lax.all_to_all, axis_name=AXIS, split_axis=0, concat_axis=0, tiled=True)
     x_RD = exchange(ops.take_rows(x_ND, source_R // k, row_A.reshape(-1, k).T))
-    y_RD = exchange(local(x_RD, exchange(ids_R), experts))
-    return ops.take_rows(y_RD, row_A, source_R[None]), jnp.sum((expert_A >= 0) & ~fits_A)
+    y_RD = exchange(work(x_RD, exchange(ids_R), experts, local))
+    y_AD = ops.take_rows(y_RD, row_A, source_R[None])
+    return combine(y_AD, gate_Nk), jnp.sum((expert_A >= 0) & ~fits_A)
 
 
 def room_per_pair(tokens: int, top_k: int, mine: int, members: int, capacity_factor: float | None) -> int:
@@ -108,25 +117,30 @@ def room_per_pair(tokens: int, top_k: int, mine: int, members: int, capacity_fac
 
 
 def ragged(
-    x_ND: jax.Array, expert_A: jax.Array, experts: Experts, local: LocalExperts, capacity_factor: float | None
+    x_ND: jax.Array,
+    expert_Nk: jax.Array,
+    gate_Nk: jax.Array,
+    experts: Experts,
+    local: Local,
+    capacity_factor: float | None,
 ) -> tuple[jax.Array, jax.Array]:
     """The exchange of exactly the rows there are, inside `shard_map`."""
-    members, A = jax.lax.axis_size(AXIS), expert_A.shape[0]
-    N, mine = x_ND.shape[0], experts.gate_EDW.shape[0]
-    k, room = A // N, room_per_member(N, A // N, mine, members, capacity_factor)
-    by_expert = sort_rows(expert_A, members * mine)
+    (N, k), A = expert_Nk.shape, expert_Nk.size
+    members, mine = jax.lax.axis_size(AXIS), experts.gate_EDW.shape[0]
+    room = room_per_member(N, k, mine, members, capacity_factor)
+    by_expert = ops.sort_rows(expert_Nk.reshape(-1), members * mine, A)
     rows_ME = jax.lax.all_gather(by_expert.rows_E, AXIS)
     there, back, ids_R = plan_exchange(rows_ME, jax.lax.axis_index(AXIS), room)
 
-    x_AD = ops.take_rows(x_ND, by_expert.source_A // k, by_expert.row_A.reshape(-1, k).T)
+    x_AD = ops.take_rows(x_ND, by_expert.source_R // k, by_expert.row_A.reshape(-1, k).T)
     x_RD = move(x_AD, there, back, room)
-    y_AD = move(local(x_RD, ids_R, experts), back, there, A)
-    dropped = jnp.sum(by_expert.rows_E) - jnp.sum(there.send_M)
-    return ops.take_rows(y_AD, by_expert.row_A, by_expert.source_A[None]), dropped
+    y_AD = move(work(x_RD, ids_R, experts, local), back, there, A)
+    y_AD = ops.take_rows(y_AD, by_expert.row_A, by_expert.source_R[None])
+    return combine(y_AD, gate_Nk), jnp.sum(by_expert.rows_E) - jnp.sum(there.send_M)
 
 
 def room_per_member(tokens: int, top_k: int, mine: int, members: int, capacity_factor: float | None) -> int:
-    """Rows that one device, with `mine` experts, may receive from all `members` together."""
+    """Rows that one device, with `mine` experts, may be given by all `members` together."""
     worst = members * tokens * min(top_k, mine)
     return worst if capacity_factor is None else min(worst, math.ceil(tokens * top_k * capacity_factor))
 
@@ -182,11 +196,35 @@ def _move_backward(rows, saved, d_RD):
 move.defvjp(_move_forward, _move_backward)
 
 
+def gathered(
+    x_ND: jax.Array,
+    expert_Nk: jax.Array,
+    gate_Nk: jax.Array,
+    experts: Experts,
+    local: Local,
+    capacity_factor: float | None,
+) -> tuple[jax.Array, jax.Array]:
+    """The exchange of all positions, inside `shard_map`; what finds no room is the last experts'."""
+    (N, k), members, mine = expert_Nk.shape, jax.lax.axis_size(AXIS), experts.gate_EDW.shape[0]
+    gather = partial(jax.lax.all_gather, axis_name=AXIS, tiled=True)
+    x_GD, expert_A, gate_A = gather(x_ND), gather(expert_Nk).reshape(-1), gather(gate_Nk).reshape(-1)
+    own_A = expert_A - mine * jax.lax.axis_index(AXIS)
+    own_A = jnp.where((own_A >= 0) & (own_A < mine), own_A, NOBODY)
+
+    row_A, source_R, groups = local.lay(own_A, mine, room_per_member(N, k, mine, members, capacity_factor))
+    row_kG, token_R, there_R = row_A.reshape(-1, k).T, source_R // k, source_R < own_A.size
+    y_RD = local.multiply(ops.take_rows(x_GD, token_R, row_kG), groups, experts)
+    gate_R = jnp.concatenate([gate_A, jnp.zeros((1,), gate_A.dtype)])[source_R]
+    y_RD = jnp.where(there_R[:, None], y_RD * gate_R[:, None].astype(y_RD.dtype), 0)
+    y_ND = jax.lax.psum_scatter(ops.add_rows(y_RD, row_kG, token_R), AXIS, tiled=True)
+    return y_ND, jnp.sum(own_A != NOBODY) - jnp.sum(there_R)
+
+
 def apply_experts(
     x_BPD: jax.Array,
     routing: Routing,
     experts: Experts,
-    local: LocalExperts,
+    local: Local,
     exchange: Exchange,
     capacity_factor: float | None,
     mesh: Mesh | None,
@@ -198,13 +236,10 @@ def apply_experts(
     """
 
     def on_device(x_BPD, expert_BPk, gate_BPk, experts):
-        (B, P, k), D = expert_BPk.shape, x_BPD.shape[2]
-        x_ND, expert_A = x_BPD.reshape(B * P, D), expert_BPk.reshape(-1)
-        if mesh is None or mesh.shape[AXIS] == 1:
-            y_AD, dropped = local(x_ND, expert_A, experts), jnp.zeros((), jnp.int32)
-        else:
-            y_AD, dropped = exchange(x_ND, expert_A, experts, local, capacity_factor)
-        return combine(y_AD, gate_BPk.reshape(B * P, k)).reshape(B, P, D), dropped.astype(jnp.float32)
+        flat = [x.reshape(-1, x.shape[2]) for x in (x_BPD, expert_BPk, gate_BPk)]
+        send = alone if mesh is None or mesh.shape[AXIS] == 1 else exchange
+        y_ND, dropped = send(*flat, experts, local, capacity_factor)
+        return y_ND.reshape(x_BPD.shape), dropped.astype(jnp.float32)
 
     if mesh is None or mesh.size == 1:
         return on_device(x_BPD, routing.expert_BPk, routing.gate_BPk, experts)
@@ -217,7 +252,7 @@ def apply_experts(
         return jax.lax.psum(y_BPD, "tensor"), jax.lax.psum(dropped, TOKEN_AXES)
 
     rows = PartitionSpec(BATCH_AXES, "context", None)
-    columns, lines = spec(("experts", "embed", "width")), spec(("experts", "width", "embed"))
+    columns, lines = spec(("experts", "expert_embed", "width")), spec(("experts", "width", "expert_embed"))
     sharded = jax.shard_map(
         on_mesh,
         mesh=mesh,

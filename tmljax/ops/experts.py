@@ -1,9 +1,10 @@
-"""The experts' mathematics: SwiGLU (arXiv 2002.05202) for many small experts at once, in three ways.
+"""The experts' mathematics: SwiGLU (arXiv 2002.05202) for many small experts at once, in several ways.
 
 `every_expert` is the plain version: all experts on all tokens, then the chosen are picked. `blocks` sorts tokens
 by expert into blocks of equal size and multiplies block by block: dropless, static shapes, fast where
-`jax.lax.ragged_dot` is not (XLA:CPU). `ragged` is `jax.lax.ragged_dot`, for accelerators. `gathered` fetches each
-token's own experts (gather + GEMV), for the few tokens of a tick when there are many experts.
+`jax.lax.ragged_dot` is not (XLA:CPU). `ragged` is `jax.lax.ragged_dot`, for accelerators; `grouped` is JAX's Pallas
+kernel for TPUs, where XLA would multiply every row with every expert to get the gradient of `ragged`'s weights.
+`gathered` fetches each token's own experts (gather + GEMV), for the few tokens of a tick when there are many experts.
 
 Legend: N tokens, A assignments (rows that carry an expert id; -1 marks an empty row), D d_model, E experts,
 W expert width, k chosen experts, n blocks, b rows of a block.
@@ -65,19 +66,44 @@ class Blocks(NamedTuple):
     expert_n: jax.Array  # int32
 
 
-def lay_blocks(expert_A: jax.Array, experts: int, rows: int) -> Blocks:
-    """Groups assignments by expert into blocks of `rows`; empty assignments (-1) get no row."""
-    A = expert_A.shape[0]
-    n = -(-A // rows) + experts
+def lay_blocks(expert_A: jax.Array, experts: int, room: int, rows: int) -> Blocks:
+    """Groups the first `room` assignments, in the order of their experts, into blocks of `rows`; the others, and empty
+    ones (-1), get no row."""
+    A, n = expert_A.shape[0], -(-room // rows) + experts
     one_hot_AE = expert_A[:, None] == jnp.arange(experts)[None]
     rank_AE = jnp.cumsum(one_hot_AE.astype(jnp.int32), axis=0)
-    blocks_E = -(-rank_AE[-1] // rows)
+    fit_E = fit(jnp.cumsum(rank_AE[-1]), room)
+    blocks_E = -(-fit_E // rows)
     first_E = jnp.cumsum(blocks_E) - blocks_E
-    place_AE = first_E[None] * rows + rank_AE - 1
+    place_AE = jnp.where(rank_AE <= fit_E[None], first_E[None] * rows + rank_AE - 1, n * rows)
     row_A = jnp.where(expert_A >= 0, jnp.sum(jnp.where(one_hot_AE, place_AE, 0), axis=1), n * rows)
     source_R = jnp.full((n * rows,), A, jnp.int32).at[row_A].set(jnp.arange(A, dtype=jnp.int32), mode="drop")
     expert_n = jnp.clip(jnp.searchsorted(jnp.cumsum(blocks_E), jnp.arange(n), side="right"), 0, experts - 1)
     return Blocks(row_A.astype(jnp.int32), source_R, expert_n.astype(jnp.int32))
+
+
+class Sorted(NamedTuple):
+    """As `Blocks`, without gaps: rows in the order of their experts, as many as there is room for."""
+
+    row_A: jax.Array
+    source_R: jax.Array
+    rows_E: jax.Array  # int32, how many are each expert's
+
+
+def sort_rows(expert_A: jax.Array, experts: int, room: int) -> Sorted:
+    """As `lay_blocks`, by sorting twice: accelerators scatter slowly."""
+    A, there_A = expert_A.shape[0], expert_A >= 0
+    number_A = jnp.arange(A, dtype=jnp.int32)
+    key_A, source_A = jax.lax.sort((jnp.where(there_A, expert_A, experts), number_A), num_keys=1)
+    _, row_A = jax.lax.sort((source_A, number_A), num_keys=1)
+    end_E = jnp.searchsorted(key_A, jnp.arange(experts, dtype=key_A.dtype), side="right").astype(jnp.int32)
+    source_R = jnp.where(number_A[:room] < end_E[-1], source_A[:room], A)
+    return Sorted(jnp.where(there_A, jnp.minimum(row_A, room), room), source_R, fit(end_E, room))
+
+
+def fit(end_E: jax.Array, room: int) -> jax.Array:
+    """How many assignments of each expert there is room for, given where those of each end."""
+    return jnp.diff(jnp.minimum(end_E, room), prepend=0)
 
 
 @jax.custom_vjp
@@ -101,6 +127,26 @@ def _take_rows_backward(saved, d_RD):
 
 
 take_rows.defvjp(_take_rows_forward, _take_rows_backward)
+
+
+@jax.custom_vjp
+def add_rows(y_RD: jax.Array, row_kN: jax.Array, source_R: jax.Array) -> jax.Array:
+    """The transpose of `take_rows`: [N, D], the sum of the k rows that each token went to (none past the end)."""
+    padded = jnp.concatenate([y_RD, jnp.zeros((1, y_RD.shape[1]), y_RD.dtype)])
+    return sum(padded[row_kN[i]] for i in range(row_kN.shape[0]))
+
+
+def _add_rows_forward(y_RD, row_kN, source_R):
+    return add_rows(y_RD, row_kN, source_R), (row_kN, source_R)
+
+
+def _add_rows_backward(saved, d_ND):
+    row_kN, source_R = saved
+    no_grad = lambda i: np.zeros(i.shape, jax.dtypes.float0)  # noqa: E731
+    return take_rows(d_ND, source_R, row_kN), no_grad(row_kN), no_grad(source_R)
+
+
+add_rows.defvjp(_add_rows_forward, _add_rows_backward)
 
 
 def blocked(x_RD: jax.Array, expert_n: jax.Array, experts: Experts) -> jax.Array:
@@ -140,3 +186,21 @@ def ragged(x_RD: jax.Array, rows_E: jax.Array, experts: Experts) -> jax.Array:
     a_RW = jax.lax.ragged_dot(x_RD, experts.gate_EDW, rows_E)
     u_RW = jax.lax.ragged_dot(x_RD, experts.up_EDW, rows_E)
     return jax.lax.ragged_dot(jax.nn.silu(a_RW) * u_RW, experts.down_EWD, rows_E)
+
+
+TILE = (512, 1024, 1024)  # rows, depth and columns that `grouped` works on at once
+
+
+def grouped(x_RD: jax.Array, rows_E: jax.Array, experts: Experts, interpret: bool = False) -> jax.Array:
+    """As `ragged`, through Megablox (arXiv 2211.15841); rows beyond the experts' are anything."""
+    from jax.experimental.pallas.ops.tpu.megablox import gmm  # half a second that only TPUs need
+
+    R, padded = x_RD.shape[0], -(-x_RD.shape[0] // TILE[0]) * TILE[0]
+
+    def multiply(x: jax.Array, weight: jax.Array) -> jax.Array:
+        tile = (TILE[0], min(TILE[1], x.shape[1]), min(TILE[2], weight.shape[2]))
+        return gmm(x, weight, rows_E, x.dtype, tile, interpret=interpret)
+
+    x_RD = jnp.pad(x_RD, ((0, padded - R), (0, 0)))
+    h_RW = jax.nn.silu(multiply(x_RD, experts.gate_EDW)) * multiply(x_RD, experts.up_EDW)
+    return multiply(h_RW, experts.down_EWD)[:R]

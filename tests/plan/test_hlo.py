@@ -1,0 +1,95 @@
+"""Reading a compiled program, against one written by hand: 3 layers, one gather each, and its traffic in bytes."""
+
+import pytest
+
+from tmljax.plan import hlo
+
+TEXT = """\
+HloModule jit_f, is_scheduled=true
+
+%fused (p.0: bf16[3,8,4], p.1: s32[]) -> bf16[1,8,4] {
+  %p.0 = bf16[3,8,4]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %p.1 = s32[]{:T(128)} parameter(1)
+  ROOT %slice.1 = bf16[1,8,4]{2,1,0} dynamic-slice(%p.0, %p.1), dynamic_slice_sizes={1,8,4}
+}
+
+%all-reduce-scatter.1 (q: f32[16,8]) -> f32[8,8] {
+  %q = f32[16,8]{1,0} parameter(0)
+  %all-reduce.3 = f32[16,8]{1,0} all-reduce(%q), replica_groups={{0,2},{1,3}}, to_apply=%add
+  ROOT %part = f32[8,8]{1,0} slice(%all-reduce.3), slice={[0:8], [0:8]}
+}
+
+%cond (c: (s32[], bf16[3,8,4])) -> pred[] {
+  %c = (s32[]{:T(128)}, bf16[3,8,4]{2,1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%c), index=0
+  %limit = s32[] constant(3)
+  ROOT %less = pred[] compare(%i, %limit), direction=LT
+}
+
+%body (b: (s32[], bf16[3,8,4])) -> (s32[], bf16[3,8,4]) {
+  %b = (s32[]{:T(128)}, bf16[3,8,4]{2,1,0}) parameter(0)
+  %i.1 = s32[] get-tuple-element(%b), index=0
+  %stack = bf16[3,8,4]{2,1,0} get-tuple-element(%b), index=1
+  %fusion.1 = bf16[1,8,4]{2,1,0} fusion(%stack, %i.1), kind=kLoop, calls=%fused
+  %gather-start = (bf16[1,8,4]{2,1,0}, bf16[1,16,4]{2,1,0}) all-gather-start(%fusion.1), replica_groups=[2,2]<=[2,2], \
+dimensions={1}, metadata={op_name="jit(f)/while/body/dot_general"}
+  %gather-done = bf16[1,16,4]{2,1,0} all-gather-done(%gather-start)
+  %big = f32[16,8]{1,0} convert(%gather-done)
+  %scattered = f32[8,8]{1,0:T(8,128)S(1)} fusion(%big), kind=kCustom, calls=%all-reduce-scatter.1
+  ROOT %next = (s32[], bf16[3,8,4]{2,1,0}) tuple(%i.1, %stack)
+}
+
+ENTRY %main (x: bf16[3,8,4]) -> bf16[3,8,4] {
+  %x = bf16[3,8,4]{2,1,0} parameter(0)
+  %zero = s32[] constant(0)
+  %init = (s32[], bf16[3,8,4]{2,1,0}) tuple(%zero, %x)
+  %loop = (s32[], bf16[3,8,4]{2,1,0}) while(%init), condition=%cond, body=%body
+  %whole = bf16[12,8,4]{2,1,0} all-gather(%x), replica_groups=mesh['a'=2,'b'=2] {'a','b'}, dimensions={0}
+  ROOT %y = bf16[3,8,4]{2,1,0} get-tuple-element(%loop), index=1
+}
+"""
+AXES = {"data": 1, "fsdp": 2, "expert": 2, "context": 1, "tensor": 1}
+
+
+@pytest.fixture(scope="module")
+def program():
+    return hlo.read(TEXT)
+
+
+def test_the_body_of_a_loop_counts_as_often_as_it_runs(program):
+    assert program.times["main"] == 1
+    assert program.times["body"] == program.times["all-reduce-scatter.1"] == 3
+
+
+def test_collectives(program):
+    found = {c.operation: (c.bytes, hlo.axis_of(c.members, AXES), c.times, c.waits) for c in program.collectives()
+             if c.times > 1}  # fmt: skip
+    assert found == {
+        "all-gather": (16 * 4 * 2, "expert", 3, False),
+        "reduce-scatter": (16 * 8 * 4, "fsdp", 3, True),
+    }
+    (once,) = [c for c in program.collectives() if c.times == 1]
+    assert (once.bytes, hlo.axis_of(once.members, AXES), once.waits) == (12 * 8 * 4 * 2, "fsdp+expert", True)
+
+
+def test_traffic_counts_slices_for_their_size_and_nothing_that_stays_on_chip(program):
+    slice_, gathered, big = 8 * 4 * 2, 16 * 4 * 2, 16 * 8 * 4
+    layer = (slice_ + 4) + slice_  # the slice and its index read, the slice written
+    layer += slice_ + (slice_ + gathered)  # the gather: operand, and the pair that it gives
+    layer += gathered + big  # converted
+    layer += big  # scattered into on-chip memory
+    assert program.traffic_bytes() == 3 * layer + 3 * slice_ * 1 + 12 * 8 * 4 * 2 - 0
+
+
+@pytest.mark.parametrize(
+    ("text", "members"),
+    [
+        ("replica_groups={{0,2},{1,3}}", (0, 2)),
+        ("replica_groups=[2,2]<=[2,2]T(1,0)", (0, 2)),
+        ("replica_groups=[2,2]<=[4]", (0, 1)),
+        ("replica_groups=mesh['x'=2,'y'=1,'z'=2] {'x'}", (0, 2)),
+        ("channel_id=1", ()),
+    ],
+)
+def test_groups_of_devices_in_each_way_that_xla_writes_them(text, members):
+    assert hlo.first_group(text) == members

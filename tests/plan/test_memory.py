@@ -1,0 +1,92 @@
+"""Bytes against arithmetic done by hand, on a mesh of fsdp 2 x expert 2."""
+
+import dataclasses
+
+import pytest
+
+from tmljax import config
+from tmljax.plan import memory, work
+from tmljax.plan.forecast import by_formula
+from tmljax.plan.hardware import find_slice
+from tmljax.plan.setting import settle
+
+WHERE = find_slice("v5p:2x2x1")
+D, L, E, W, S, V, H, K, h = 64, 2, 8, 64, 128, 320, 4, 4, 16
+N = 16 // 4 * (4 * 5 - 2)  # positions of a device; two frames are left out
+
+
+@pytest.fixture
+def setting(small):
+    return settle(small, WHERE)
+
+
+def change(small, **moe):
+    return dataclasses.replace(
+        small, model=dataclasses.replace(small.model, moe=dataclasses.replace(small.model.moe, **moe))
+    )
+
+
+def test_the_optimizer_lies_where_its_parameters_lie(setting):
+    estimate = memory.estimate(setting)
+    assert estimate.parameters == estimate.gradients
+    assert estimate.optimizer == pytest.approx(2 * estimate.parameters, rel=1e-3)
+
+
+def test_full_remat_keeps_the_input_of_each_layer(setting):
+    assert memory.saved(setting) == L * N * D * 4
+
+
+def test_rows_of_the_experts(small, setting):
+    assert memory.rows(settle(change(small, capacity_factor=1.25), WHERE)) == N * 2 * 1.25
+    assert memory.rows(setting) == N * 2 * 2  # dropless: all positions of both members, twice each
+    alone = dataclasses.replace(small, mesh=config.Mesh(fsdp=4, data=1))
+    assert memory.rows(settle(alone, WHERE)) == N * 2
+
+
+def test_weights_of_a_layer_in_use(setting):
+    routed = 3 * E // 2 * D * W
+    dense = D * (H + K) * h * 2 + 3 * D * S
+    assert memory.layer_weights(setting) == (routed + dense) * 4 + D * E * 4
+
+
+def test_executed_flops_recompute_every_layer_once(setting):
+    """The forward pass of a layer again, and the scores twice: by the layer and by the block of queries."""
+    there = [(t, s) for t in range(4) for s in range(5) if s != 1 or t % 2 == 0]
+    pairs = sum(key <= query for query in there for key in there)
+    scores = 16 * 4 * L * H * h * pairs
+    matrices = 2 * 16 * 18 * L * (2 * D * (H + K) * h + 3 * D * S + D * E + 2 * 3 * D * W)
+    assert work.executed_flops(setting) - work.model_flops(setting) == pytest.approx(matrices + 2 * scores)
+
+
+def test_exchanges_in_bytes(small):
+    padded = settle(change(small, capacity_factor=1.25), WHERE)
+    (exchange,) = [t for t in work.link_traffic(padded) if t.axis == "expert"]
+    assert (exchange.operation, exchange.bytes) == ("all-to-all", 3 * L * 2 * N * 2 * 1.25 * D * 4)
+    ragged = settle(change(small, exchange="ragged"), WHERE)
+    (exchange,) = [t for t in work.link_traffic(ragged) if t.axis == "expert"]
+    assert (exchange.operation, exchange.bytes) == ("ragged-all-to-all", 3 * L * 2 * N * 2 * D * 4)
+    gathered = settle(change(small, exchange="gathered", matmul="ragged"), WHERE)
+    sums = {t.operation: t.bytes for t in work.link_traffic(gathered) if t.axis == "expert"}
+    assert sums == {"all-gather": 3 * L * 2 * N * D * 4, "reduce-scatter": 3 * L * 2 * N * D * 4}
+
+
+def test_split_examples_leave_each_device_its_part_and_send_keys(small):
+    """On context 2 the second half of the micro-turns looks back at the first: keys and values of all its positions."""
+    half = settle(dataclasses.replace(small, mesh=config.Mesh(data=1, fsdp=2, context=2)), WHERE)
+    assert (half.examples, half.positions) == (8, N)
+    (keys,) = [t for t in work.link_traffic(half) if t.axis == "context" and t.operation == "collective-permute"]
+    assert keys.bytes == 3 * L * N * 2 * K * h * 4
+    assert memory.saved(half) == L * N * D * 4
+
+
+def test_money_and_days(setting):
+    forecast = by_formula(setting, price=2.0, tokens=1e9)
+    assert forecast.rate == pytest.approx(16 * 4 * 0.2 / forecast.step_seconds)
+    assert forecast.per_dollar == pytest.approx(forecast.rate * 3600 / 8)
+    assert forecast.days == pytest.approx(1e9 / (16 * 18) * forecast.step_seconds / 86400)
+    assert forecast.mfu == pytest.approx(work.model_flops(setting) / forecast.step_seconds / (4 * 459e12))
+
+
+def test_a_mesh_that_does_not_make_up_the_slice_is_named(small):
+    with pytest.raises(config.UserError, match=r"config\.mesh"):
+        settle(dataclasses.replace(small, mesh=config.Mesh(data=3)), WHERE)

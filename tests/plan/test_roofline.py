@@ -1,0 +1,85 @@
+"""Times against arithmetic done by hand."""
+
+import pytest
+
+from tmljax import config
+from tmljax.plan.hardware import CHIPS, Run, find_slice, runs_of
+from tmljax.plan.roofline import Traffic, Work, collective_seconds, terms
+from tmljax.sharding import AXES
+
+V5P = find_slice("v5p:4x8x8")
+RING = (Run(8, True),)
+
+
+def axes(**sizes):
+    return dict.fromkeys(AXES, 1) | sizes
+
+
+def test_a_gather_on_a_ring_goes_both_ways_round():
+    """Seven eighths of 8 GB arrive over two links of 90 GB/s."""
+    assert collective_seconds(Traffic("fsdp", "all-gather", 8e9, False), 8, RING, V5P) == pytest.approx(7e9 / 180e9)
+
+
+def test_a_reduction_to_all_is_a_scatter_and_a_gather():
+    one = collective_seconds(Traffic("fsdp", "reduce-scatter", 8e9, False), 8, RING, V5P)
+    assert collective_seconds(Traffic("fsdp", "all-reduce", 8e9, False), 8, RING, V5P) == pytest.approx(2 * one)
+
+
+def test_an_exchange_is_as_fast_as_the_middle_of_the_ring():
+    """Eight devices send 1 GB each; half of what four of them send crosses to the other side over two cuts."""
+    crossing = 4 * 1e9 / 2
+    assert collective_seconds(Traffic("expert", "all-to-all", 1e9, True), 8, RING, V5P) == pytest.approx(
+        crossing / (2 * 90e9)
+    )
+    line = collective_seconds(Traffic("expert", "all-to-all", 1e9, True), 8, (Run(8, False),), V5P)
+    assert line == pytest.approx(crossing / 90e9)
+
+
+def test_gpus_leave_the_node_over_their_network_card():
+    where = find_slice("h200:8x8")
+    placed = runs_of(where, axes(fsdp=8, expert=8))
+    assert placed["expert"] == (Run(8, True), Run(1, False))
+    assert placed["fsdp"] == (Run(1, True), Run(8, False))
+    gather = Traffic("fsdp", "all-gather", 8e9, False)
+    assert collective_seconds(gather, 8, placed["expert"], where) == pytest.approx(7e9 / CHIPS["h200"].link)
+    assert collective_seconds(gather, 8, placed["fsdp"], where) == pytest.approx(7e9 / CHIPS["h200"].host_link)
+    both = (*placed["fsdp"], *placed["expert"])  # 64 members, eight of them in a node share what enters it
+    assert collective_seconds(gather, 64, both, where) == pytest.approx(8e9 * 63 / 64 / 8 / CHIPS["h200"].host_link)
+
+
+def test_later_axes_choose_their_torus_dims_first():
+    placed = runs_of(V5P, axes(fsdp=4, expert=64))
+    lying = {axis: runs for axis, runs in placed.items() if runs}
+    assert lying == {"fsdp": (Run(4, True),), "expert": (Run(8, True), Run(8, True))}
+    assert runs_of(find_slice("v5p:2x2x1"), axes(fsdp=2, expert=2))["expert"] == (Run(2, False),)
+
+
+def test_what_waits_is_added_and_the_rest_is_as_long_as_its_longest_part():
+    work = Work(
+        flops=459e12 * 0.8 * 3,
+        memory=2.765e12 * 0.85 * 2,
+        traffic=[
+            Traffic("fsdp", "all-gather", 180e9 * 4 / 3, False),
+            Traffic("expert", "all-gather", 360e9 * 64 / 63 * 0.5, True),
+        ],
+    )
+    t = terms(work, V5P, axes(fsdp=4, expert=64))
+    assert (t.matmul, t.memory) == (pytest.approx(3), pytest.approx(2))
+    assert t.links == {"fsdp": pytest.approx(1), "expert": pytest.approx(0.5)}
+    assert t.step == pytest.approx(3.5)
+    assert t.binds == "matmul"
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("v5q:4x8x8", "did you mean v5p.* v5p:4x8x8"),
+        ("v5p:4x8", "v5p has 3 sizes; known are v5p:2x2x1"),
+        ("h200:8", "h200 has 2 sizes"),
+        ("v5p", "known are"),
+        ("v5e:0x4", "known are"),
+    ],
+)
+def test_an_unknown_topology_lists_those_known(name, says):
+    with pytest.raises(config.UserError, match=says):
+        find_slice(name)

@@ -1,0 +1,120 @@
+"""What a device's memory holds during a training step, by formula.
+
+Parameters, optimizer and gradients are exact, being the sizes of shards. Activations are those that the remat policy
+keeps for the backward pass, and the largest of what single places need while they are worked on.
+
+Legend: N positions of a device, R rows of its experts, D d_model, H heads, K kv heads, h head dim, W expert width,
+S shared width, V vocab, L layers.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from tmljax.model.trunk import QUERY_TURNS
+from tmljax.plan.setting import Setting, batch_shapes, shard_bytes
+
+
+class Memory(NamedTuple):
+    """Bytes of a device."""
+
+    parameters: float
+    optimizer: float
+    gradients: float
+    activations: float
+    buffers: float
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+
+def estimate(setting: Setting) -> Memory:
+    state = setting.state
+    gradients = shard_bytes(state.params)
+    return Memory(
+        parameters=gradients,
+        optimizer=shard_bytes(state.optimizer),
+        gradients=gradients,
+        activations=saved(setting) + max(at_experts(setting), at_attention(setting), at_heads(setting)),
+        buffers=batch_bytes(setting),
+    )
+
+
+def saved(setting: Setting) -> float:
+    """Kept from the forward to the backward pass over all layers."""
+    model, N, width = setting.experiment.model, setting.positions, setting.width
+    tensor = setting.axes["tensor"]
+    D, qkv = model.d_model, (model.heads + 2 * model.kv_heads) * model.head_dim / tensor
+    S, W = model.moe.shared_width / tensor, model.moe.expert_width / tensor
+    per_position = {
+        "full": D,
+        "dots": 3 * D + qkv + 2 * S + model.moe.experts * 4 / width,
+        "none": 6 * D + 3 * qkv + 4 * S + model.moe.experts * 12 / width,
+    }[model.remat]
+    layer = N * per_position * width
+    if model.remat == "none":
+        layer += rows(setting) * (3 * D + 4 * W) * width + 2 * score_bytes(
+            setting, setting.length / setting.axes["context"]
+        )
+        layer += layer_weights(setting)
+    return model.layers * layer
+
+
+def rows(setting: Setting) -> float:
+    """That a device's experts are given room for."""
+    moe = setting.experiment.model.moe
+    balanced = setting.positions * moe.top_k
+    if setting.axes["expert"] == 1:
+        return balanced
+    worst = setting.positions * setting.axes["expert"] * min(moe.top_k, moe.experts // setting.axes["expert"])
+    return worst if moe.capacity_factor is None else min(worst, balanced * moe.capacity_factor)
+
+
+def layer_weights(setting: Setting) -> float:
+    """One layer's weights as they are gathered for use, in the dtype of the activations."""
+    model, tensor = setting.experiment.model, setting.axes["tensor"]
+    moe, D = model.moe, model.d_model
+    routed = 3 * moe.experts / setting.axes["expert"] * D * moe.expert_width
+    dense = 2 * D * (model.heads + model.kv_heads) * model.head_dim + 3 * D * moe.shared_width
+    return (routed + dense) / tensor * setting.width + D * moe.experts * 4
+
+
+def at_experts(setting: Setting) -> float:
+    """In a layer's backward pass: rows sent, received, multiplied and returned, their gradients, and the weights'."""
+    model = setting.experiment.model
+    D, W = model.d_model, model.moe.expert_width / setting.axes["tensor"]
+    all_positions = setting.positions * (2 * setting.axes["expert"] if model.moe.exchange == "gathered" else 0)
+    return (rows(setting) * (4 * D + 4 * W) + all_positions * D) * setting.width + 2 * layer_weights(setting)
+
+
+def score_bytes(setting: Setting, queries: float) -> float:
+    """Attention scores in float32 of so many queries against all they could see."""
+    model = setting.experiment.model
+    turns = min(setting.experiment.data.window, model.window + QUERY_TURNS)
+    keys = turns * setting.length / setting.experiment.data.window
+    return setting.examples * model.heads / setting.axes["tensor"] * queries * keys * 4
+
+
+def at_attention(setting: Setting) -> float:
+    """In a layer's backward pass: queries, keys, values and their gradients, and the scores of a block three times."""
+    model = setting.experiment.model
+    qkv = (2 * model.heads + 2 * model.kv_heads) * model.head_dim / setting.axes["tensor"]
+    turns = setting.experiment.data.window
+    block = min(turns / setting.axes["context"], QUERY_TURNS) * setting.length / turns
+    return 2 * setting.positions * (qkv + model.d_model) * setting.width + 3 * score_bytes(setting, block)
+
+
+def at_heads(setting: Setting) -> float:
+    """Logits of what is written and heard, in float32, with their gradient."""
+    turns = setting.examples * setting.experiment.data.window / setting.axes["context"]
+    vocab = setting.experiment.stream.vocab_size / setting.axes["tensor"]
+    return 2 * turns * (setting.layout.model_text + 1) * vocab * 4
+
+
+def batch_bytes(setting: Setting) -> float:
+    """A device's part of the batch, and of the one that is on its way."""
+    examples = setting.experiment.data.batch // setting.members
+    shapes = batch_shapes(setting.experiment, examples).values()
+    return 2 * sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes)

@@ -1,0 +1,96 @@
+"""What a training step asks of a device, and how long its three parts need for it.
+
+Matrix products, memory and each mesh axis's links have a speed of their own (tmljax/plan/hardware.py). What can run
+at once is as long as the longest of it; what the program waits for is added.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from tmljax.plan.hardware import Chip, Run, Slice, runs_of
+
+MATMUL_SHARE = 0.8  # of a chip's peak that large matrix products reach; an assumption, stated in every report
+MEMORY_SHARE = 0.85  # of the memory's peak that streaming reaches; likewise
+
+
+class Traffic(NamedTuple):
+    """A kind of collective of a step, as one device sees it."""
+
+    axis: str  # mesh axis or axes, "fsdp+expert"
+    operation: str  # all-gather, reduce-scatter, all-reduce, all-to-all, ragged-all-to-all, collective-permute
+    bytes: float  # of the whole result (of the operand of a reduction), over the step
+    waits: bool  # whether the program stands still for it
+    count: float = 1
+
+
+class Work(NamedTuple):
+    """Of a device in one step."""
+
+    flops: float  # executed, recomputation included
+    memory: float  # bytes read and written
+    traffic: Sequence[Traffic]
+
+
+class Terms(NamedTuple):
+    """Seconds, each alone."""
+
+    matmul: float
+    memory: float
+    links: Mapping[str, float]  # by mesh axis
+    waits: float  # the part of `links` that nothing hides
+
+    @property
+    def step(self) -> float:
+        """What overlaps is as long as its longest part; what waits is added."""
+        hidden = sum(self.links.values()) - self.waits
+        return max(self.matmul, self.memory, hidden) + self.waits
+
+    @property
+    def binds(self) -> str:
+        named = {"matmul": self.matmul, "memory": self.memory}
+        named |= {f"links of {axis}": seconds for axis, seconds in self.links.items()}
+        return max(named, key=named.__getitem__)
+
+
+def terms(work: Work, where: Slice, axes: Mapping[str, int]) -> Terms:
+    placed, links, waits = runs_of(where, axes), dict[str, float](), 0.0
+    for traffic in work.traffic:
+        names = traffic.axis.split("+")
+        sizes = {name: axes[name] for name in names}
+        runs = [run for name in names for run in placed[name]]
+        seconds = collective_seconds(traffic, math.prod(sizes.values()), runs, where)
+        links[traffic.axis] = links.get(traffic.axis, 0.0) + seconds
+        waits += seconds if traffic.waits else 0.0
+    matmul = work.flops / (where.chip.flops * MATMUL_SHARE)
+    return Terms(matmul, work.memory / (where.chip.memory_bandwidth * MEMORY_SHARE), links, waits)
+
+
+def collective_seconds(traffic: Traffic, members: int, runs: Sequence[Run], where: Slice) -> float:
+    """At the speed of the links; what a collective needs to start is left out."""
+    if members == 1:
+        return 0.0
+    passes = 2 if traffic.operation == "all-reduce" else 1
+    moved = passes * traffic.bytes * (members - 1) / members
+    if where.chip.kind == "gpu":
+        return gpu_seconds(
+            traffic.operation, moved, math.prod(run.size for run in runs if run.ring), members, where.chip
+        )
+    if traffic.operation.endswith("all-to-all"):
+        return max(bisection_seconds(traffic.bytes, run, where.chip) for run in runs)
+    return moved / sum(where.chip.link * (2 if run.ring else 1) for run in runs)
+
+
+def bisection_seconds(sent: float, run: Run, chip: Chip) -> float:
+    """`sent` bytes of each device spread evenly over a run: the links across its middle carry a quarter of them all,
+    each way; a ring has two such places."""
+    return sent * run.size / 4 / (chip.link * (2 if run.ring else 1))
+
+
+def gpu_seconds(operation: str, moved: float, inside: int, members: int, chip: Chip) -> float:
+    """`inside` members are in one node, at NVLink's speed; to other nodes each GPU has one network card."""
+    nodes = members / inside
+    crossing = moved * (nodes - 1) / nodes if operation.endswith("all-to-all") else moved / inside
+    return max(moved / chip.link, crossing / chip.host_link if nodes > 1 else 0.0)

@@ -1,0 +1,113 @@
+"""Which mesh and remat policy for a slice: all that make sense by formula, the best few by the compiler."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator
+from itertools import product
+
+from tmljax.config import Experiment, Mesh, UserError
+from tmljax.plan.forecast import Forecast, by_formula
+from tmljax.plan.hardware import Slice, runs_of
+from tmljax.plan.setting import Setting, settle
+from tmljax.sharding import AXES
+
+REMAT = ("none", "dots", "full")
+ROOM = 0.05  # of the memory that a formula leaves alone
+
+
+def variants(experiment: Experiment, where: Slice) -> Iterator[Experiment]:
+    """Meshes of the whole slice with each remat policy; of TPU slices those that lie along whole dims of the torus."""
+    devices, model, context = where.devices, experiment.model, max(1, experiment.mesh.context)
+    for expert, tensor, data in product(divisors(model.moe.experts), divisors(model.kv_heads), (1, 2, 4)):
+        fixed = expert * tensor * data * context
+        if devices % fixed or (where.chip.kind == "gpu" and tensor > where.shape[1]):
+            continue
+        mesh = dataclasses.replace(
+            experiment.mesh, data=data, fsdp=devices // fixed, expert=expert, context=context, tensor=tensor
+        )
+        if not lies_whole(mesh, where):
+            continue
+        for remat in REMAT:
+            yield dataclasses.replace(experiment, mesh=mesh, model=dataclasses.replace(model, remat=remat))
+
+
+def divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def lies_whole(mesh: Mesh, where: Slice) -> bool:
+    """Whether no axis needs a part of a torus dim, where the links around it would be open."""
+    sizes = {axis: getattr(mesh, axis) for axis in AXES}
+    if where.chip.kind == "gpu":
+        return True
+    whole = set(where.shape) | {where.devices_per_chip}
+    return all(
+        math.prod(run.size for run in runs) == sizes[axis] and all(run.size in whole for run in runs)
+        for axis, runs in runs_of(where, sizes).items()
+        if sizes[axis] > 1
+    )
+
+
+def rank(forecasts: list[Forecast], room: float = 0.0) -> list[Forecast]:
+    """The fastest that fits first; then those that do not, the smallest first."""
+    return sorted(forecasts, key=lambda f: (f.spare < room, f.step_seconds if f.spare >= room else -f.spare))
+
+
+def candidates(experiment: Experiment, where: Slice, **asked: float | None) -> list[Forecast]:
+    """Ranked by formula. Raises UserError when none divides the model and the batch."""
+    found = []
+    for variant in variants(experiment, where):
+        try:
+            found.append(by_formula(settle(variant, where), **asked))
+        except UserError:
+            continue
+    if not found:
+        raise UserError(
+            f"no mesh of {where.devices} devices divides config.data.batch={experiment.data.batch} and the model; "
+            f"try config.data.batch={where.devices * 4}"
+        )
+    return rank(found, ROOM)
+
+
+def search(
+    experiment: Experiment,
+    where: Slice,
+    confirm: Callable[[Setting], Forecast] | None,
+    seconds: float,
+    say: Callable[[str], None],
+    **asked: float | None,
+) -> list[Forecast]:
+    """The best first. `confirm` compiles; as many of the best as `seconds` allow, one at least."""
+    ranked, since = candidates(experiment, where, **asked), time.monotonic()
+    say(f"{len(ranked)} meshes and remat policies by formula; {sum(f.fits for f in ranked)} fit")
+    if confirm is None:
+        return ranked
+    confirmed, longest = [], 0.0
+    for index, forecast in enumerate(ranked):
+        left = seconds - (time.monotonic() - since)
+        if confirmed and (left < 1.2 * longest or (index >= 3 and any(f.fits for f in confirmed))):
+            break
+        say(f"compiling {index + 1}: {describe(forecast)} ({max(left, 0):.0f} s left)")
+        started = time.monotonic()
+        confirmed.append(confirm(forecast.setting))
+        longest = max(longest, time.monotonic() - started)
+        say(f"  {describe(confirmed[-1])}")
+    return [*rank(confirmed), *ranked[len(confirmed) :]]
+
+
+def describe(forecast: Forecast) -> str:
+    axes = " ".join(f"{axis}={size}" for axis, size in forecast.setting.axes.items() if size > 1) or "one device"
+    fits = f"{forecast.spare:.0%} spare" if forecast.fits else f"{-forecast.spare:.0%} too large"
+    remat = forecast.setting.experiment.model.remat
+    return f"{axes} remat={remat}: {fits}, {forecast.step_seconds:.2f} s a step, MFU {forecast.mfu:.0%}"
+
+
+def overrides(forecast: Forecast) -> str:
+    """A flag file that any verb takes: `--flagfile=best.flags`."""
+    setting = forecast.setting
+    lines = [f"mesh.{axis}={size}" for axis, size in setting.axes.items()]
+    lines.append(f"model.remat={setting.experiment.model.remat}")
+    return "".join(f"--config_field={line}\n" for line in lines)

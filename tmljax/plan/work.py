@@ -1,0 +1,99 @@
+"""What a training step asks of a device, by formula: products, memory traffic, and bytes over the links.
+
+Legend: N positions of a device, R rows of its experts, D d_model, W expert width, L layers.
+"""
+
+from __future__ import annotations
+
+from tmljax.plan.memory import layer_weights, rows
+from tmljax.plan.roofline import Traffic, Work
+from tmljax.plan.setting import Setting, shard_bytes
+from tmljax.train.speed import attention_flops, step_flops
+
+PASSES = {"none": 2, "dots": 3, "full": 3}  # of a layer's weights: forward, again, backward
+
+
+def estimate(setting: Setting) -> Work:
+    accumulate = setting.experiment.optimizer.accumulate
+    return Work(
+        executed_flops(setting) / setting.where.devices, memory_traffic(setting, accumulate), link_traffic(setting)
+    )
+
+
+def model_flops(setting: Setting) -> float:
+    """Of a step over all devices; MFU counts these, not what is computed again."""
+    return step_flops(setting.experiment, setting.shapes)
+
+
+def executed_flops(setting: Setting) -> float:
+    """Of a step over all devices, what the remat policy computes again included."""
+    experiment, model = setting.experiment, setting.experiment.model
+    batch, moe, D = experiment.data.batch, model.moe, model.d_model
+    attention = batch * attention_flops(experiment) / 3
+    places = 2.0 * batch * setting.length * model.layers
+    routed = places * moe.top_k * 3 * D * moe.expert_width
+    dense = 2 * D * (model.heads + model.kv_heads) * model.head_dim + 3 * D * moe.shared_width + D * moe.experts
+    again = {"none": 0.0, "dots": routed + 2 * attention, "full": routed + places * dense + 2 * attention}
+    return model_flops(setting) + again[model.remat]
+
+
+def memory_traffic(setting: Setting, accumulate: int) -> float:
+    """Bytes: the update, the weights of each pass, activations in and out of each product, attention scores."""
+    model, N, R = setting.experiment.model, setting.positions, rows(setting)
+    D, W, tensor = model.d_model, model.moe.expert_width, setting.axes["tensor"]
+    params, optimizer = shard_bytes(setting.state.params), shard_bytes(setting.state.optimizer)
+    update = 5 * params + 2 * optimizer
+    passes = PASSES[model.remat]
+    weights = layer_weights(setting) * (2 * passes + 2)
+    qkv = (2 * model.heads + 2 * model.kv_heads) * model.head_dim / tensor
+    activations = (N * (10 * D + 3 * qkv) + R * (8 * D + 6 * W / tensor)) * setting.width * (passes + 1)
+    pairs = attention_flops(setting.experiment) / (12 * model.layers * model.heads * model.head_dim)
+    scores = setting.examples * pairs / setting.axes["context"] * model.heads / tensor * 4 * 4 * (passes + 1)
+    return update + accumulate * model.layers * (weights + activations + scores)
+
+
+def exchange(setting: Setting, times: float) -> list[Traffic]:
+    """Of positions with the owners of their experts, there and back, so many times."""
+    model, members, row = setting.experiment.model, setting.axes["expert"], setting.experiment.model.d_model
+    if model.moe.exchange == "gathered":
+        size = members * setting.positions * row * setting.width * times
+        return [
+            Traffic("expert", "all-gather", size, True, times),
+            Traffic("expert", "reduce-scatter", size, True, times),
+        ]
+    exact = model.moe.exchange == "ragged"  # rows there are, not those there is room for
+    sent = setting.positions * model.moe.top_k if exact else rows(setting)
+    operation = "ragged-all-to-all" if exact else "all-to-all"
+    return [Traffic("expert", operation, 2 * sent * row * setting.width * times, True, 2 * times)]
+
+
+def look_back(setting: Setting, times: float) -> Traffic:
+    """Keys and values that a member of `context` gets from those before it (tmljax/ops/context.py), so many times."""
+    model, members = setting.experiment.model, setting.axes["context"]
+    turns = setting.experiment.data.window // members
+    shards = min(members - 1, -(-(model.window - 1) // turns))
+    row = 2 * model.kv_heads * model.head_dim / setting.axes["tensor"] * setting.width
+    return Traffic("context", "collective-permute", shards * setting.positions * row * times, True, 2 * shards * times)
+
+
+def link_traffic(setting: Setting) -> list[Traffic]:
+    """Weights are gathered and gradients scattered while others are used; nothing hides the exchange of positions."""
+    model, axes = setting.experiment.model, setting.axes
+    steps = model.layers * setting.experiment.optimizer.accumulate
+    passes, width = PASSES[model.remat], setting.width
+    routed = 3 * model.moe.experts / axes["expert"] * model.d_model * model.moe.expert_width / axes["tensor"] * width
+    dense = layer_weights(setting) - routed
+    copies = "+".join(axis for axis in ("data", "context") if axes[axis] > 1) or "data"  # have the same parameters
+    mixed = setting.positions * model.d_model * width
+    traffic = [
+        Traffic("fsdp", "all-gather", routed * passes * steps, False, 3 * passes * steps),
+        Traffic("fsdp+expert", "all-gather", dense * passes * steps, False, 8 * passes * steps),
+        Traffic("fsdp", "reduce-scatter", routed * steps, False, 3 * steps),
+        Traffic("fsdp+expert", "reduce-scatter", dense * steps, False, 8 * steps),
+        Traffic(copies, "all-reduce", shard_bytes(setting.state.params), False, 1),
+        *exchange(setting, passes * steps),
+        look_back(setting, passes * steps),
+        Traffic("tensor", "all-reduce", 2 * mixed * passes * steps, True, 2 * passes * steps),
+    ]
+    present = {axis for axis, size in axes.items() if size > 1}
+    return [t for t in traffic if set(t.axis.split("+")) & present]
