@@ -5,7 +5,7 @@ Every number says where it is from: `compiler` read off the compiled program, `f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from tmljax.plan import memory as by_shape
 from tmljax.plan import work as by_work
 from tmljax.plan.compile import Compiled
 from tmljax.plan.hlo import axis_of
+from tmljax.plan.inspect import gathered_layers, replicated
 from tmljax.plan.memory import Memory
 from tmljax.plan.parts import add, count_parts
 from tmljax.plan.roofline import Terms, Traffic, Work, terms
@@ -32,6 +33,7 @@ class Forecast:
     work: Work
     sources: Mapping[str, str]  # what is from where
     compile_seconds: float | None = None
+    complaints: Sequence[str] = ()  # of the compiled program
     price: float | None = None  # dollars an hour of one chip
     tokens: float | None = None  # positions to train on
 
@@ -106,9 +108,13 @@ def by_compiler(setting: Setting, compiled: Compiled, **asked: float | None) -> 
     forecast = replace(forecast, memory=memory, sources=sources, compile_seconds=compiled.seconds)
     if compiled.program is None:
         return forecast
+    complaints = [
+        f"{c.operation} of {c.shape} outside the scan over layers"
+        for c in gathered_layers(compiled.program, setting.experiment.model.layers)
+    ] + [f"{name} is not split over all devices" for name in replicated(setting)]
     work = Work(forecast.work.flops, compiled.program.traffic_bytes(), gather_traffic(compiled, setting))
     sources |= {"memory traffic": COMPILER, "link traffic": COMPILER}
-    return replace(forecast, work=work, sources=sources)
+    return replace(forecast, work=work, sources=sources, complaints=complaints)
 
 
 def gather_traffic(compiled: Compiled, setting: Setting) -> list[Traffic]:
@@ -150,5 +156,6 @@ def as_json(forecast: Forecast) -> dict[str, Any]:
         "checkpoint_bytes": forecast.checkpoint_bytes,
         "checkpoint_seconds": forecast.checkpoint_seconds,
         "compile_seconds": forecast.compile_seconds,
+        "complaints": list(forecast.complaints),
         "sources": dict(forecast.sources),
     }

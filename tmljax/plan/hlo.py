@@ -54,6 +54,7 @@ class Instruction(NamedTuple):
 class Collective(NamedTuple):
     operation: str  # one of COLLECTIVES
     bytes: float  # of the whole: the result of a gather, the operand of a reduction
+    shape: tuple[int, ...]  # of the largest result
     members: tuple[int, ...]  # the first group of devices
     times: int  # in a run of the program
     waits: bool
@@ -115,6 +116,7 @@ class Program:
                 yield Collective(
                     "reduce-scatter" if scatters else operation,
                     whole,
+                    max((a.shape for a in instruction.results), key=math.prod, default=()),
                     first_group(instruction.rest),
                     times,
                     waits=not (starts or self.is_hidden(name)),

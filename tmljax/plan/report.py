@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 
 from tmljax.config import UserError
-from tmljax.plan.forecast import Forecast, as_json
+from tmljax.plan.forecast import COMPILER, Forecast, as_json
 from tmljax.plan.parts import add, count_parts
 from tmljax.plan.roofline import MATMUL_SHARE, MEMORY_SHARE
 from tmljax.plan.search import describe
@@ -88,6 +88,7 @@ def to_lines(forecast: Forecast) -> list[tuple[str, str, str]]:
         ("conversation", f"{forecast.rate:,.0f} s a second", "formula"),
         ("checkpoint", f"{size(forecast.checkpoint_bytes)}, {saving} at 1 GB/s a host", "formula"),
     ]  # fmt: skip
+    lines += [("complaint", text, COMPILER) for text in forecast.complaints]
     if forecast.per_dollar is not None:
         lines.append(("  for a dollar", f"{forecast.per_dollar:,.0f} s of conversation", "formula"))
     if forecast.days is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -65,12 +66,16 @@ def best_serving(experiment: Experiment, where: Slice) -> Serving:
 class Serving:
     setting: Setting
 
+    @cached_property
+    def parts(self) -> dict[str, int]:
+        return {part.name: part.total for part in count_parts(self.setting.definition)}
+
     @property
     def weight_bytes(self) -> float:
         """Of a device."""
-        parts = {part.name: part.total for part in count_parts(self.setting.definition)}
-        routed = parts.pop("routed experts") / self.setting.axes["expert"]
-        return (routed + sum(parts.values())) / self.setting.axes["tensor"] * self.setting.width
+        routed, whole = self.parts["routed experts"], sum(self.parts.values())
+        held = whole - routed + routed / self.setting.axes["expert"]
+        return held / self.setting.axes["tensor"] * self.setting.width
 
     @property
     def session_bytes(self) -> float:
@@ -117,8 +122,7 @@ class Serving:
         mine = moe.experts / axes["expert"]
         per_expert = 6 * model.d_model * moe.expert_width / axes["tensor"]
         worked = crowd * (mine if moe.tick_matmul == "every" else moe.top_k / axes["expert"])
-        parts = {part.name: part.total for part in count_parts(setting.definition)}
-        dense = 2 * fresh * (parts["attention"] + parts["shared expert"]) / axes["tensor"]
+        dense = 2 * fresh * (self.parts["attention"] + self.parts["shared expert"]) / axes["tensor"]
         keys = (model.window + 1) * setting.layout.slots
         attention = 4 * fresh * keys * model.heads * model.head_dim / axes["tensor"] * layers
         matmul = (layers * worked * per_expert + dense + attention) / (chip.flops * MATMUL_SHARE)

@@ -1,0 +1,42 @@
+"""The verb, without a compiler; tests/plan/test_compile.py has the one that compiles."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tmljax import config
+from tmljax.plan import compile as compiler
+from tmljax.plan.hardware import find_slice
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*flags):
+    command = [sys.executable, "-m", "launch.plan", "--config=configs/smoke.py", *flags]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_a_plan_by_formula(tmp_path):
+    done = run("--topology=h100:1x2", "--config.optimizer.name=adamw", "--price=3", f"--output={tmp_path}", "--search")
+    assert done.returncode == 0, done.stderr
+    plan = json.loads((tmp_path / "plan.json").read_text())["plan"]
+    assert plan["fits"]
+    assert plan["conversation_seconds_per_dollar"] > 0
+    assert "mesh.fsdp=" in (tmp_path / "best.flags").read_text()
+    assert "MFU" in done.stdout
+
+
+def test_an_unknown_topology_is_one_line():
+    done = run("--topology=v5q:4x8x8")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: --topology=v5q:4x8x8: did you mean v5p? known are v4:2x2x1")
+    assert "Traceback" not in done.stderr
+
+
+def test_without_libtpu_the_remedy_is_named(monkeypatch):
+    monkeypatch.setattr(compiler.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(config.UserError, match=r"pip install 'tmljax\[tpu\]'; --method=formula"):
+        compiler.devices_of(find_slice("v5p:2x2x1"))

@@ -1,0 +1,44 @@
+"""What a compiled training step must not do: questions that tests and reports ask of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import jax
+
+from tmljax.plan.hlo import Collective, Program
+from tmljax.plan.setting import Setting
+
+LARGE = 2**23  # numbers of a parameter, beyond which a second copy matters
+
+
+def gathered_layers(program: Program, layers: int) -> list[Collective]:
+    """Gathers outside the scan over layers of what is stacked over layers: all of a parameter at once."""
+    return [
+        c
+        for c in program.collectives()
+        if c.operation == "all-gather" and c.times == 1 and len(c.shape) > 2 and c.shape[0] == layers
+    ]
+
+
+def replicated(setting: Setting, large: int = LARGE) -> list[str]:
+    """Names of large parameters and moments that are not split over every device that works on its own examples."""
+    leaves = jax.tree_util.tree_leaves_with_path((setting.state.params, setting.state.optimizer))
+    return [
+        jax.tree_util.keystr(path, simple=True, separator=".")
+        for path, leaf in leaves
+        if leaf.size > large
+        and math.prod(leaf.sharding.shard_shape(leaf.shape)) * setting.members / setting.axes["data"] > leaf.size
+    ]
+
+
+def looped(program: Program, operations: Sequence[str], axis_members: int) -> tuple[float, float]:
+    """(bytes that the scan waits for, bytes that move beside something else) of these operations, over groups of so
+    many devices."""
+    waits = hidden = 0.0
+    for c in program.collectives():
+        if c.times > 1 and c.operation in operations and len(c.members) == axis_members:
+            waits += c.bytes * c.times if c.waits else 0.0
+            hidden += 0.0 if c.waits else c.bytes * c.times
+    return waits, hidden
