@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN := runs/quickstart
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: quickstart demo smoke test test-slow lint clean distclean help
+.PHONY: quickstart demo smoke test test-slow test-beam lint clean distclean help
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -33,12 +33,19 @@ test: $(BIN)/.installed  ## lint, then the whole test suite
 test-slow: $(BIN)/.installed  ## tests that take minutes
 	$(BIN)/python -m pytest -m slow
 
+# Apache Beam wants older versions of these than training is tested with.
+test-beam:  ## the dataset builder on Apache Beam's local runner, in an environment of its own
+	$(PYTHON) -m venv $(VENV)-beam
+	grep -vE '^(protobuf|pyarrow|python-dateutil|numpy)==' constraints.txt > $(VENV)-beam/constraints.txt
+	$(VENV)-beam/bin/python -m pip install --constraint $(VENV)-beam/constraints.txt --editable '.[beam,test]'
+	$(VENV)-beam/bin/python -m pytest -m '' tests/data_pipelines/test_beam.py
+
 lint: $(BIN)/.installed  ## format and fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean:  ## remove the environment and caches; datasets and runs stay
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-beam build *.egg-info .pytest_cache .ruff_cache
 
 distclean: clean  ## remove datasets and trained models too
 	rm -rf runs data

@@ -22,7 +22,7 @@ def scale(config: ml_collections.ConfigDict, dial: int) -> None:
     config.model.moe.expert_width = width // 2
     config.model.moe.shared_width = width * 3 // 2
     config.model.flow.width = max(width, 128)
-    config.optimizer.learning_rate = 3e-3 * 4 / dial
+    config.optimizer.learning_rate = 6e-3 * 4 / dial
 
 
 def get_config(dial: str = "4") -> ml_collections.ConfigDict:

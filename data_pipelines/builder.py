@@ -2,8 +2,8 @@
 
 Worker processes render shards (a fixed number of sessions each) straight into ArrayRecord files in
 `root/name/.staging`, each renamed into place when whole, so a build that was killed goes on with the shards
-that are missing. In the end TFDS takes the files over as its own (`root/name/duplex/1.0.0`). The same
-builder runs on Apache Beam, which then renders the shards itself.
+that are missing. In the end TFDS takes the files over as its own (`root/name/duplex/1.0.0`). On Apache
+Beam the worker processes are on other machines, and all else is the same (data_pipelines/beam.py).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,15 +27,16 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core import splits as tfds_splits
 from tqdm import tqdm
 
-from data_pipelines import records
+from data_pipelines import beam, records
 from data_pipelines.plan import SPLITS, Shard, count_sessions, render_shard, shards
-from data_pipelines.staging import is_whole, read_summary, render_all, write_whole
+from data_pipelines.staging import is_whole, read_summary, render_all
 from data_pipelines.voices import Voices
+from tmljax import files
 from tmljax.config import Experiment, UserError
 from tmljax.stream.record import Session
 from tmljax.stream.text import Tokenizer
 
-GENERATOR = 1  # raise it when the same config gives other sessions
+GENERATOR = 2  # raise it when the same config gives other sessions
 STAGING = ".staging"
 
 
@@ -101,9 +102,7 @@ class Duplex(tfds.core.ShardBasedBuilder):
         }
 
     def _download_and_prepare(self, dl_manager: Any, download_config: Any = None) -> None:
-        """On Beam as TFDS does it; here the staged shards are taken over."""
-        if download_config is not None and download_config.beam_runner:
-            return super()._download_and_prepare(dl_manager, download_config)
+        """The staged shards are taken over."""
         planned, staging = shards(self._experiment), folder(self._experiment) / STAGING
         infos = []
         for split in SPLITS:
@@ -137,10 +136,13 @@ def _examples(experiment: Experiment, shard: Shard) -> Iterator[tuple[int, dict[
         yield shard.first + number, records.encode(session, stream.video_height, stream.video_width)
 
 
-def build(experiment: Experiment, progress: bool = True, workers: int | None = None) -> Summary:
+def build(
+    experiment: Experiment, progress: bool = True, workers: int | None = None, beam_options: Sequence[str] | None = None
+) -> Summary:
     """Prepares root/name where it is absent, and goes on where it was interrupted.
 
-    Raises UserError when root/name was built with another config, or the disk is full.
+    On this machine's cores, `workers` of them, or with `beam_options` wherever Apache Beam has its workers. Raises
+    UserError when root/name was built with another config, or the disk is full.
     """
     began, home = time.monotonic(), folder(experiment)
     shards(experiment)  # an impossible plan fails before anything is touched
@@ -149,7 +151,7 @@ def build(experiment: Experiment, progress: bool = True, workers: int | None = N
         rendered = 0.0
         if not _is_done(home):
             with _alone(home / STAGING):
-                rendered = _prepare(experiment, progress, workers)
+                rendered = _prepare(experiment, progress, workers, beam_options)
         shutil.rmtree(home / STAGING, ignore_errors=True)
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -159,14 +161,18 @@ def build(experiment: Experiment, progress: bool = True, workers: int | None = N
     return Summary(home, counts["sessions"], counts["seconds"], rendered, time.monotonic() - began)
 
 
-def _prepare(experiment: Experiment, progress: bool, workers: int | None) -> float:
+def _prepare(experiment: Experiment, progress: bool, workers: int | None, beam_options: Sequence[str] | None) -> float:
     """Renders what is missing and finishes; returns the seconds of conversation rendered."""
     home, planned = folder(experiment), shards(experiment)
     if _is_done(home):  # by the process that we waited for
         return 0.0
     staging = home / STAGING
     missing = [shard for shard in planned if not is_whole(shard, staging)]
-    rendered = _render_all(experiment, missing, staging, progress, workers)
+    if beam_options is None:
+        rendering = render_all(experiment, missing, staging, min(workers or cores(), len(missing)))
+    else:
+        rendering = beam.render_all(experiment, missing, staging, beam_options)
+    rendered = _follow(rendering, experiment, missing, progress)
     _finish(experiment, planned, staging)
     return rendered
 
@@ -203,7 +209,7 @@ def _claim(home: Path, experiment: Experiment) -> None:
     if home.exists() and any(not file.name.startswith("build.json.") for file in home.iterdir()):
         raise UserError(f"{home} is no dataset of ours and not empty; choose another config.data.name")
     home.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(wanted, indent=2) + "\n")
+    files.write_text(path, json.dumps(wanted, indent=2) + "\n")
 
 
 def cores() -> int:
@@ -211,19 +217,11 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _render_all(
-    experiment: Experiment,
-    missing: Sequence[Shard],
-    staging: Path,
-    progress: bool,
-    workers: int | None,
+def _follow(
+    rendering: Iterable[tuple[Shard, float]], experiment: Experiment, missing: Sequence[Shard], progress: bool
 ) -> float:
-    """Renders shards on all cores; returns the seconds of conversation rendered."""
+    """Shows a bar while shards are rendered; returns the seconds of conversation."""
     total, rendered = sum(count_sessions(experiment).values()), 0.0
-    workers = min(
-        workers or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)),
-        len(missing),
-    )
     bar = tqdm(
         total=total,
         initial=total - sum(shard.sessions for shard in missing),
@@ -233,7 +231,7 @@ def _render_all(
         smoothing=0.1,
     )
     with bar:
-        for shard, seconds in render_all(experiment, missing, staging, workers):
+        for shard, seconds in rendering:
             rendered += seconds
             rate = rendered / max(bar.format_dict["elapsed"], 1e-9)
             bar.set_postfix_str(f"{rate:.0f} times real time", refresh=False)
@@ -260,7 +258,7 @@ def _finish(experiment: Experiment, planned: Sequence[Shard], staging: Path) -> 
         dataset = Duplex(experiment)
         with contextlib.redirect_stdout(io.StringIO()):
             dataset.download_and_prepare(download_dir=folder(experiment) / STAGING)
-    write_whole(
+    files.write_text(
         folder(experiment) / "summary.json", json.dumps({"sessions": sessions, "seconds": seconds}, indent=2) + "\n"
     )
 
@@ -286,6 +284,10 @@ class Sessions(Sequence[Session]):
         if self._source is None:
             self._source = Duplex(self._experiment).as_data_source(self._split)
         return records.decode(self._source[index % self._length])
+
+    def fingerprint(self) -> str:
+        """Of the records; see data_pipelines/records.py."""
+        return records.fingerprint(Duplex(self._experiment).data_dir, self._split)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_source": None}

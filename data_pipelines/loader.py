@@ -42,11 +42,12 @@ VALIDATION_SEED = 0  # the same windows for every run, whatever its seed
 
 
 class Source(NamedTuple):
-    """`sessions` is any random-access sequence of Session; weights are relative."""
+    """`sessions` is any random-access sequence of Session; weights are relative; `content` tells it from others."""
 
     name: str
     weight: float
     sessions: Sequence[Session]
+    content: str = ""
 
 
 class Window(NamedTuple):
@@ -167,7 +168,7 @@ class Loader(Iterator[Streams]):
     def set_state(self, state: dict[str, Any]) -> None:
         """Continues with the batch that would have come. Raises UserError where the data is not the same."""
         for name, value in self._identity.items():
-            if state.get(name) != value:
+            if state.get(name, value if name == "content" else None) != value:  # older checkpoints have no content
                 raise UserError(
                     f"the checkpoint was trained on other data: its {name} was {state.get(name)}, "
                     f"now it is {value}; bring the data and seed back or train in a new workdir"
@@ -231,7 +232,11 @@ def load_sources(
             f"config.stream.vocab_size={experiment.stream.vocab_size}"
         )
     stream = mix_examples(sources, layout, tokenizer, data.window, seed)
-    identity = {"seed": seed, "sources": [[Path(s.name).stem, len(s.sessions), s.weight] for s in sources]}
+    identity = {
+        "seed": seed,
+        "sources": [[Path(s.name).stem, len(s.sessions), s.weight] for s in sources],
+        "content": [s.content for s in sources],
+    }
     return Loader(
         stream, data.batch, identity, process_index=process_index, process_count=process_count, workers=workers
     )
@@ -267,7 +272,7 @@ def open_sources(experiment: Experiment, split: str) -> list[Source]:
         else:
             sessions = recordings.open_manifest(name, experiment, split)
         if split == "train" or len(sessions):
-            sources.append(Source(name, weight, sessions))
+            sources.append(Source(name, weight, sessions, sessions.fingerprint() if split == "train" else ""))
     if not sources:
         raise UserError(f"config.data.recordings={experiment.data.recordings!r} leaves no {split} data at all")
     return sources

@@ -156,6 +156,10 @@ class Records(Sequence[Session]):
             self._source = Recorded(self._home, self._stream).as_data_source(SPLIT)
         return records.decode(self._source[self._numbers[index]])
 
+    def fingerprint(self) -> str:
+        """Of the records; see data_pipelines/records.py."""
+        return records.fingerprint(Recorded(self._home, self._stream).data_dir, SPLIT)
+
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_source": None}
 

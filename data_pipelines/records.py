@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -86,6 +89,23 @@ def decode(example: dict[str, Any]) -> Session:
         audio=array("audio"),
         truth=tuple(events["truth"]),
     )
+
+
+HEAD, TAIL = 1 << 12, 1 << 17  # bytes: the first record's checksum; the last records, and where each record begins
+
+
+def fingerprint(folder: str | os.PathLike[str], split: str) -> str:
+    """Of the records of a split, as TFDS wrote them, by the size, the head and the tail of each file.
+
+    So other records of the same number are told apart without reading them: at most 66 MB of any dataset are read.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(Path(folder).glob(f"*-{split}.array_record-*")):
+        with open(path, "rb") as file:
+            head, size = file.read(HEAD), file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - TAIL))
+            digest.update(repr((path.name, size)).encode() + head + file.read())
+    return digest.hexdigest()[:16]
 
 
 def _text(value: bytes | str) -> str:

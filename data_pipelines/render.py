@@ -32,15 +32,15 @@ def render(score: Score, name: str, voices: Voices, rng: np.random.Generator, ke
     for speech in score.speeches:
         if speech.track == "model":
             _add(model, _cut(voices.say(speech.text, speech.speaker).samples, speech), speech.start)
-    user = _user_channel(score, samples, voices, rng) if score.listens else None
+    user = _int16(_user_channel(score, samples, voices, rng)) if score.listens else None
     audio = None
     if keep_audio:
-        audio = np.stack([_int16(model), np.zeros(samples, np.int16) if user is None else _int16(user)], axis=1)
+        audio = np.stack([_int16(model), np.zeros(samples, np.int16) if user is None else user], axis=1)
     return Session(
         id=name,
         family=score.family,
         frames=samples // FRAME_SAMPLES,
-        user_dmel=None if user is None else quantise(log_mel(user)[0]),
+        user_dmel=None if user is None else quantise(log_mel(user.astype(np.float32) / 32768)[0]),
         model_mel=sparse_log_mel(model).astype(np.float16),
         user_words=_words(score, "user"),
         model_words=_words(score, "model"),

@@ -24,6 +24,7 @@ from tensorflow_datasets.core import writer as tfds_writer
 from data_pipelines import records
 from data_pipelines.plan import Shard, render_shard
 from data_pipelines.voices import Voices
+from tmljax import files
 from tmljax.config import Experiment, Stream
 
 
@@ -80,8 +81,8 @@ def voices() -> Voices:
 def _shard_writer(stream: Stream) -> tfds_writer.ShardWriter:
     features = records.features(stream.video_height, stream.video_width)
     serializer = records.Serializer(features.get_serialized_info())
-    files = tfds_writer.ExampleWriter(file_adapters.FileFormat.ARRAY_RECORD)
-    return tfds_writer.ShardWriter(features, serializer, files)
+    writer = tfds_writer.ExampleWriter(file_adapters.FileFormat.ARRAY_RECORD)
+    return tfds_writer.ShardWriter(features, serializer, writer)
 
 
 def render_to_file(experiment: Experiment, shard: Shard, staging: Path) -> float:
@@ -98,12 +99,10 @@ def render_to_file(experiment: Experiment, shard: Shard, staging: Path) -> float
             words.update(w.text for w in (*session.user_words, *session.model_words, *session.typed))
             yield shard.first + number, records.encode(session, stream.video_height, stream.video_width)
 
-    path = staging / f"{shard.name}.array_record"
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    _write_shard(temporary, examples(), stream)
-    os.replace(temporary, path)
+    with files.whole(staging / f"{shard.name}.array_record") as path:
+        _write_shard(path, examples(), stream)
     summary = {"sessions": dict(sessions), "seconds": dict(seconds), "words": dict(sorted(words.items()))}
-    write_whole(staging / f"{shard.name}.json", json.dumps(summary))
+    files.write_text(staging / f"{shard.name}.json", json.dumps(summary))
     return sum(seconds.values())
 
 
@@ -112,17 +111,6 @@ def _write_shard(path: Path, examples: Iterable[tuple[int, dict[str, Any]]], str
     try:
         _shard_writer(stream).write(examples, path)
     except (RuntimeError, ValueError) as e:
-        path.unlink(missing_ok=True)
         if "space left" in str(e) or "RESOURCE_EXHAUSTED" in str(e):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
         raise
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -1,24 +1,37 @@
 """Builds the dataset of a config: python -m launch.data --config=configs/smoke.py
 
 Renders synthetic conversations on all cores. It can be interrupted and run again, and does nothing where the
-dataset is already there.
+dataset is already there. --runner=beam renders on the workers of Apache Beam, which must see config.data.root:
+
+    python -m launch.data --config=configs/demo.py --config.data.root=/shared/data --runner=beam \
+        --beam_options="--runner=FlinkRunner --flink_master=HOST:8081 --environment_type=LOOPBACK"
 """
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 
+from absl import flags
+
 from data_pipelines import builder
 from launch import verb
+from tmljax.config import UserError
 
 
 def define_flags() -> None:
     verb.define_config()
+    flags.DEFINE_enum("runner", "local", ["local", "beam"], "who renders: the cores of this machine, or Apache Beam")
+    flags.DEFINE_string("beam_options", "", "of its pipelines; without any, Beam runs on this machine")
 
 
 def main(argv: Sequence[str]) -> None:
-    summary = builder.build(verb.experiment())
+    given = flags.FLAGS
+    if given.beam_options and given.runner != "beam":
+        raise UserError("--beam_options is for --runner=beam")
+    options = shlex.split(given.beam_options) if given.runner == "beam" else None
+    summary = builder.build(verb.experiment(), beam_options=options)
     print(table(summary))
 
 

@@ -14,7 +14,6 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from absl import flags
 from tqdm import tqdm
 
 from launch import verb
-from tmljax import cluster
+from tmljax import cluster, files
 from tmljax.config import UserError
 from tmljax.decode.engine import Engine
 from tmljax.decode.session import SessionInput, Transcript, converse, microturns
@@ -195,15 +194,10 @@ def statistics(ms: Sequence[float]) -> dict[str, float]:
 
 
 def write_json(path: str, tree: Any) -> None:
-    temporary = f"{path}.{os.getpid()}.tmp"
     try:
-        Path(temporary).write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        files.write_text(path, json.dumps(tree, indent=2, ensure_ascii=False) + "\n")
     except OSError as e:
         raise UserError(f"cannot write {path}: {e.strerror or e}") from None
-    finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
 
 
 def summary(transcript: Transcript, typed: Sequence[Word], report: dict[str, Any]) -> str:

@@ -20,7 +20,7 @@ from absl import flags
 
 from data_pipelines import builder, loader
 from launch import verb
-from tmljax import checkpoint, cluster
+from tmljax import checkpoint, cluster, files
 from tmljax.config import Experiment, UserError
 from tmljax.model.interaction import Definition
 from tmljax.sharding import make_mesh
@@ -51,6 +51,7 @@ def main(argv: Sequence[str]) -> int:
 
 def train_workdir(experiment: Experiment, workdir: str, out: TextIO | None = None) -> Outcome:
     """The verb, for an experiment at hand; progress goes to `out`, standard error by default."""
+    cluster.keep_memory()
     cluster.initialize()
     cluster.enable_compile_cache()
     checkpoint.keep_config(workdir, experiment)
@@ -82,7 +83,7 @@ def prepare_data(experiment: Experiment, workdir: str) -> Tokenizer:
     if path.exists() and checkpoint.steps(workdir) and path.read_text(encoding="utf-8") != text:
         raise UserError(f"{path} is not the tokenizer of the dataset that config.data names; use another --workdir")
     if cluster.is_lead():
-        checkpoint.write_text(path, text)
+        files.write_text(path, text)
     return Tokenizer.load(builder.tokenizer_path(experiment))
 
 

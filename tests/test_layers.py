@@ -16,6 +16,7 @@ LAYERS = {
     "tmljax.cluster": 0,
     "tmljax.fingerprint": 0,
     "tmljax.pulse": 0,
+    "tmljax.files": 0,
     "tmljax.quiet": 0,
     "tmljax.storage": 0,
     "tmljax.stream": 1,
@@ -35,10 +36,10 @@ LAYERS = {
 
 # Narrower than the layer: all that these may import of the project.
 ONLY = {
-    "tmljax.stream": {"tmljax.config"},
+    "tmljax.stream": {"tmljax.config", "tmljax.files"},
     "tmljax.ops": {"tmljax.sharding"},  # arrays and static ints, no config objects
     "configs": {"tmljax.config"},
-    "data_pipelines": {"tmljax.config", "tmljax.stream"},  # a loader worker initialises no device
+    "data_pipelines": {"tmljax.config", "tmljax.files", "tmljax.stream"},  # a loader worker initialises no device
 }
 
 # Other people's packages, where not everything will do.

@@ -27,7 +27,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from tmljax import cluster, config
+from tmljax import cluster, config, files
 from tmljax.config import Experiment, UserError
 from tmljax.fingerprint import fingerprints, flatten, host_fingerprints
 from tmljax.quiet import hushed
@@ -295,7 +295,8 @@ def keep_config(workdir: str | Path, experiment: Experiment) -> None:
                 f"{workdir} was trained with another config: {'; '.join(changed)}. Set it back or use another --workdir"
             )
     if cluster.is_lead():
-        write_text(path, config.to_json(experiment))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_text(path, config.to_json(experiment))
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
@@ -308,17 +309,6 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
         elif a != b:
             found.append((prefix + name, a, b))
     return found
-
-
-def write_text(path: Path, text: str) -> None:
-    """All of it or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _step_folder(workdir: str | Path, step: int) -> Path:

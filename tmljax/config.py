@@ -42,12 +42,12 @@ class Stream:
 
 @dataclass(frozen=True)
 class Moe:
-    """Routed experts beside one shared expert (DeepSeekMoE, arXiv 2401.06066)."""
+    """Routed experts beside at most one shared expert (DeepSeekMoE, arXiv 2401.06066)."""
 
     experts: int = 8
     top_k: int = 2
     expert_width: int = 128
-    shared_width: int = 384
+    shared_width: int = 384  # 0: no shared expert
     capacity_factor: float | None = None  # room in the exchange against a balanced load; None: dropless
     matmul: Literal["blocks", "ragged"] = "blocks"  # of the experts in training
     tick_matmul: Literal["every", "gathered"] = "every"  # of the experts for the few tokens of a tick
@@ -93,7 +93,7 @@ class Data:
     test_per_family: int = 48  # test sessions of each scenario family
     mixture: Mapping[str, float] = field(default_factory=dict)  # family -> weight; empty: the default mixture
     recordings: str = ""  # moshi-finetune manifest(s) "a.jsonl:0.5,b.jsonl:1"; "" for none
-    window: int = 54  # micro-turns in a training example
+    window: int = 60  # micro-turns in a training example
     batch: int = 32  # examples a step, over all processes
     workers: int = 0  # grain worker processes; 0 reads in threads
 
@@ -245,7 +245,7 @@ LIMITS: dict[str, tuple[float | None, float | None]] = {
     "model.moe.experts": (1, None),
     "model.moe.top_k": (1, None),
     "model.moe.expert_width": (1, None),
-    "model.moe.shared_width": (1, None),
+    "model.moe.shared_width": (0, None),
     "model.moe.capacity_factor": (0.01, None),
     "model.moe.block_rows": (1, None),
     "model.moe.balance_rate": (0, None),

@@ -15,22 +15,24 @@ from data_pipelines.scenarios import (
     user_backchannel,
     verbal_cue,
     visual_cue,
+    visual_question,
 )
 from data_pipelines.scenarios.stage import Stage
 from data_pipelines.score import Score
 
 # family -> (how to compose one, its weight in the default mixture)
 FAMILIES: dict[str, tuple[Callable[[Stage], Score], float]] = {
-    "turn_taking": (turn_taking.compose, 0.22),
-    "pause": (pause.compose, 0.12),
+    "turn_taking": (turn_taking.compose, 0.20),
+    "pause": (pause.compose, 0.10),
     "self_correction": (self_correction.compose, 0.08),
-    "interruption": (interruption.compose, 0.12),
-    "user_backchannel": (user_backchannel.compose, 0.08),
-    "model_backchannel": (model_backchannel.compose, 0.06),
-    "verbal_cue": (verbal_cue.compose, 0.10),
+    "interruption": (interruption.compose, 0.10),
+    "user_backchannel": (user_backchannel.compose, 0.06),
+    "model_backchannel": (model_backchannel.compose, 0.05),
+    "verbal_cue": (verbal_cue.compose, 0.13),
     "no_answer": (no_answer.compose, 0.10),
-    "visual_cue": (visual_cue.compose, 0.06),
-    "typed_text": (typed_text.compose, 0.06),
+    "visual_cue": (visual_cue.compose, 0.07),
+    "visual_question": (visual_question.compose, 0.06),
+    "typed_text": (typed_text.compose, 0.05),
 }
 
 # What a session lasts on average (seconds); turns hours of training data into a number of sessions.
@@ -44,5 +46,6 @@ SECONDS: dict[str, float] = {
     "verbal_cue": 9.4,
     "no_answer": 7.3,
     "visual_cue": 9.2,
+    "visual_question": 8.2,
     "typed_text": 9.1,
 }

@@ -203,6 +203,12 @@ ASK = (
     "say my favourite {k}",
     "i want to hear my favourite {k}",
     "can you tell me my favourite {k}",
+    "can you say my favourite {k}",
+    "do you see my favourite {k}",
+    "give me my favourite {k}",
+    "i want you to tell me my favourite {k}",
+    "can you remember my favourite {k}",
+    "would you tell me my favourite {k}",
 )
 
 
@@ -254,13 +260,13 @@ def of_split(split: str, make: Callable[[], tuple[str, T]]) -> T:
 
 
 def draw(rng: Rng, split: str, make: Callable[[Rng], Request] = any_kind) -> Request:
-    """A request whose sentence belongs to this split."""
+    """A request whose sentence, without the word that may open it, belongs to this split."""
 
     def attempt() -> tuple[str, Request]:
-        said = opened(rng, make(rng))
+        said = make(rng)
         return said.text, said
 
-    return of_split(split, attempt)
+    return opened(rng, of_split(split, attempt))
 
 
 def draw_filled(rng: Rng, split: str, templates: Sequence[str], **choices: Sequence[str]) -> tuple[str, dict[str, str]]:

@@ -18,6 +18,6 @@ def compose(stage: Stage) -> Score:
     else:
         stage.exchange(draw(rng, split))
         stage.exchange(draw(rng, split))
-        if stage.clock < 8 and rng.random() < 0.5:
+        if stage.clock < 7 and rng.random() < 0.5:
             stage.exchange(draw(rng, split))
     return stage.score("turn_taking", (0.1, 0.5))

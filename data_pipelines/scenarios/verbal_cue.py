@@ -25,24 +25,21 @@ def compose(stage: Stage) -> Score:
     stage.turn(said)
     stage.reply("okay i will do that", ())
     stage.rest(0.4, 0.9)
-    items = [w for w in rng.permutation(WORDS) if w not in (cue, wanted)][: int(rng.integers(6, 9))]
-    if rng.random() < 0.8:
+    items = [str(w) for w in rng.permutation(WORDS) if w not in (cue, wanted)][: int(rng.integers(6, 8))]
+    kind = rng.random()
+    if kind < 0.45:  # twice, far enough apart to be answered twice
+        items.insert(int(rng.integers(4, len(items))), cue)
+        items.insert(int(rng.integers(1, 3)), cue)
+    elif kind < 0.85:
         items.insert(int(rng.integers(1, len(items) - 2)), cue)
     listed = stage.turn(f"{choose(rng, LEADS)} " + " and ".join(items))
-    spoken = [w for w in listed.words if w.text == cue]
-    if spoken:
-        end = spoken[0].end
-        stage.truth.append(
-            {
-                "kind": "cue",
-                "modality": "verbal",
-                "window": [round(end, 3), round(end + LATE, 3)],
-                "content": [wanted],
-            }
-        )
-        stage.expect_silence(listed.start, end)
+    quiet = listed.start  # since when nothing has been due
+    for end in (w.end for w in listed.words if w.text == cue):
+        stage.expect_silence(quiet, end)
+        expected = {"kind": "cue", "modality": "verbal", "window": [round(end, 3), round(end + LATE, 3)]}
+        stage.truth.append({**expected, "content": [wanted]})
         answer = stage.model(wanted, boundary(end + GAP))
-        stage.expect_silence(max(end + LATE, answer.end) + 0.1, listed.end)
-    else:
-        stage.expect_silence(listed.start, listed.end + 0.5)
+        quiet = max(end + LATE, answer.end) + 0.1
+    if quiet < listed.end or quiet == listed.start:
+        stage.expect_silence(quiet, listed.end + (0.5 if quiet == listed.start else 0))
     return stage.score("verbal_cue", (0.6, 0.9))

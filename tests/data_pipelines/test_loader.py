@@ -309,8 +309,12 @@ def test_empty_sources_and_foreign_tokenizers_are_refused() -> None:
 def opened(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prepared data: 10 and 6 synthetic sessions (train, validation), 5 and 0 recorded."""
 
+    class Prepared(list):
+        def fingerprint(self) -> str:
+            return str(len(self))
+
     def sessions(first: int, counts: dict[str, int]):
-        return lambda *args: make_sessions(counts[args[-1]], first + 50 * (args[-1] == "validation"))
+        return lambda *args: Prepared(make_sessions(counts[args[-1]], first + 50 * (args[-1] == "validation")))
 
     monkeypatch.setattr(loader.builder, "open_split", sessions(0, {"train": 10, "validation": 6}))
     monkeypatch.setattr(loader.recordings, "open_manifest", sessions(100, {"train": 5, "validation": 0}))

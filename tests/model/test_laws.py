@@ -99,30 +99,36 @@ def test_window_makes_a_difference(params, batch):
 def test_causality(params, batch, kind):
     """The gradient of an output with respect to anything after its inputs is exactly zero, per stream."""
     t, layout = 16, DEFINITION.layout
-    model = DEFINITION.bind(params)
-    x_BTSD, _ = model.weave(batch)
-    B, _, S, D = x_BTSD.shape
+    model, place_P2 = DEFINITION.bind(params), layout.positions(T)
+    turn_P, slot_P = place_P2.T
+    x_BPD, _ = model.weave(batch)
+    at = {int(slot): int(p) for p, slot in enumerate(slot_P) if turn_P[p] == t}
 
-    def output(x_BTSD):
-        z_BPD, _ = model.trunk(
-            x_BTSD.reshape(B, T * S, D), jnp.repeat(jnp.tile(jnp.arange(T)[None], (B, 1)), S, axis=1),
-            S, jnp.ones((B, T * S), bool), None,
-        )  # fmt: skip
-        z_BSD = z_BPD.reshape(B, T, S, D)[:, t]
-        if kind == "heard":
-            return jnp.sum(model.heard_head(z_BSD[:, layout.inputs - 1]) ** 2)
-        if kind == "text":
-            return jnp.sum(model.text_head(z_BSD[:, layout.inputs - 1]) ** 2)
-        return jnp.sum(model.flow_head.endpoint(z_BSD[:, S - 2], jnp.ones((B, 320)), jnp.full(B, 0.5)) ** 2)
+    def output(x_BPD):
+        there_BP = jnp.ones(x_BPD.shape[:2], bool)
+        z_BPD, _ = model.trunk(x_BPD, jnp.asarray(batch["start"]), place_P2, there_BP, None)
+        if kind == "speech":
+            z_BD, size = z_BPD[:, at[layout.slots - 2]], len(x_BPD)
+            return jnp.sum(model.flow_head.endpoint(z_BD, jnp.ones((size, 320)), jnp.full(size, 0.5)) ** 2)
+        head = model.heard_head if kind == "heard" else model.text_head
+        return jnp.sum(head(z_BPD[:, at[layout.inputs - 1]]) ** 2)
 
-    last_seen = S - 1 if kind == "speech" else layout.inputs
-    grad_BTS = np.abs(jax.jit(jax.grad(output))(x_BTSD)).max(axis=-1)
-    assert (grad_BTS[:, t + 1 :] == 0).all()
-    assert (grad_BTS[:, t, last_seen:] == 0).all()
-    assert (grad_BTS[:, t, :last_seen] > 0).all()  # every slot before it is seen
+    last = at[layout.slots - 2 if kind == "speech" else layout.inputs - 1]
+    grad_BP = np.abs(jax.jit(jax.grad(output))(x_BPD)).max(axis=-1)
+    assert (grad_BP[:, last + 1 :] == 0).all()
+    assert (grad_BP[:, turn_P == t][:, : last + 1 - at[0]] > 0).all()  # every slot before it is seen
     reach = MODEL.layers * (MODEL.window - 1)
-    assert (grad_BTS[:, : t - reach] == 0).all()
-    assert (grad_BTS[:, t - reach] > 0).any()
+    assert (grad_BP[:, turn_P < t - reach] == 0).all()
+    assert (grad_BP[:, turn_P == t - reach] > 0).any()
+
+
+def test_positions_leave_out_what_nothing_sees():
+    """Every slot of every micro-turn is there in order, but for video between frames."""
+    turn_P, slot_P = DEFINITION.layout.positions(4).T
+    video = (DEFINITION.layout.user_audio + np.arange(DEFINITION.layout.user_video)).tolist()
+    for t in range(4):
+        expected = [s for s in range(DEFINITION.layout.slots) if t % STREAM.video_every == 0 or s not in video]
+        assert slot_P[turn_P == t].tolist() == expected
 
 
 def test_absent_streams_are_not_seen(params, batch):
@@ -166,3 +172,15 @@ def test_speech_follows_the_flow(params, batch):
     noise = normalise(jax.random.normal(jax.random.key(1), (3, 320)))
     one = model.flow_head.sample(z, noise, steps=1)
     np.testing.assert_allclose(one, model.flow_head.endpoint(z, noise, jnp.zeros(3)), rtol=1e-5, atol=1e-5)
+
+
+def test_sampling_is_eulers_method_on_the_trained_field(params):
+    """Step by step, with the network asked at each time as training asks it."""
+    head, steps = DEFINITION.bind(params).flow_head, 4
+    z = jax.random.normal(jax.random.key(0), (3, MODEL.d_model))
+    x = noise = jax.random.normal(jax.random.key(1), (3, 320))
+    for i in range(steps):
+        t = i / steps
+        field = (head.endpoint(z, x, jnp.full(3, t)) - x) / (1 - t)
+        x = x + field / steps
+    np.testing.assert_allclose(head.sample(z, noise, steps), x, rtol=1e-4, atol=1e-4)

@@ -20,6 +20,7 @@ FAMILIES = {
     "verbal_cue": Term("Verbal cue", "speak at the cue, over the user if need be"),
     "no_answer": Term("No answer wanted", "say nothing to silence, noise, and people who talk to others"),
     "visual_cue": Term("Visual cue", "watch, and speak when the named thing appears"),
+    "visual_question": Term("Visual question", "say what is seen"),
     "typed_text": Term("Typed text", "read what the user types and answer in speech"),
 }
 

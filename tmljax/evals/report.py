@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -13,6 +12,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from tmljax import files
 from tmljax.config import UserError
 from tmljax.evals import charts, glossary, headline, timeline
 from tmljax.evals.gallery import Example
@@ -59,16 +59,11 @@ def write(report: Report, folder: Path) -> tuple[Path, Path]:
     """Returns the paths of report.json and report.html. Raises UserError when they cannot be written."""
     paths = folder / "report.json", folder / "report.html"
     for path, text in zip(paths, (to_json(report), to_html(report)), strict=True):
-        partial = path.with_suffix(path.suffix + f".{os.getpid()}.tmp")
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(path)
+            files.write_text(path, text)
         except OSError as e:
             raise UserError(f"cannot write {path}: {e.strerror or e}") from None
-        finally:
-            if partial.exists():
-                partial.unlink()
     return paths
 
 

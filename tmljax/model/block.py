@@ -20,6 +20,7 @@ from tmljax.ops import dispatch
 from tmljax.ops import experts as expert_ops
 from tmljax.ops.experts import Experts
 from tmljax.ops.norm import rms_norm
+from tmljax.ops.project import project
 from tmljax.ops.rope import rotate
 from tmljax.ops.route import route
 
@@ -49,13 +50,13 @@ class Attention(nnx.Module):
         self.k_norm = constant((h,), ("small",), 1.0)
         self.sink = constant((H,), ("small",))
 
+    @jax.named_scope("attention")
     def __call__(self, x_BPD: jax.Array, time_BP: jax.Array, look: Look) -> jax.Array:
         (H, K, h), (B, P, _) = self.shape, x_BPD.shape
         y_BPD = rms_norm(x_BPD, self.norm[...])
         weight = lambda w: w[...].astype(x_BPD.dtype)  # noqa: E731
         q_BPHh = jnp.dot(y_BPD, weight(self.q)).reshape(B, P, H, h)
-        k_BPKh = jnp.dot(y_BPD, weight(self.k)).reshape(B, P, K, h)
-        v_BPKh = jnp.dot(y_BPD, weight(self.v)).reshape(B, P, K, h)
+        k_BPKh, v_BPKh = (x.reshape(B, P, K, h) for x in project(y_BPD, weight(self.k), weight(self.v)))
         q_BPHh = rotate(rms_norm(q_BPHh, self.q_norm[...]), time_BP)
         k_BPKh = rotate(rms_norm(k_BPKh, self.k_norm[...]), time_BP)
         out_BPHh = look(q_BPHh, k_BPKh, v_BPKh, self.sink[...])
@@ -63,7 +64,7 @@ class Attention(nnx.Module):
 
 
 class ExpertLayer(nnx.Module):
-    """Routed experts beside a shared one (DeepSeekMoE, arXiv 2401.06066)."""
+    """Routed experts, beside a shared one unless its width is 0 (DeepSeekMoE, arXiv 2401.06066)."""
 
     def __init__(self, model: config.Model, rngs: nnx.Rngs):
         D, E, W, S = model.d_model, model.moe.experts, model.moe.expert_width, model.moe.shared_width
@@ -75,10 +76,12 @@ class ExpertLayer(nnx.Module):
         self.gate = dense(rngs, (E, D, W), ("experts", "embed", "width"), fan_in=D)
         self.up = dense(rngs, (E, D, W), ("experts", "embed", "width"), fan_in=D)
         self.down = dense(rngs, (E, W, D), ("experts", "width", "embed"), fan_in=W, gain=gain)
-        self.shared_gate = dense(rngs, (D, S), ("embed", "width"), fan_in=D)
-        self.shared_up = dense(rngs, (D, S), ("embed", "width"), fan_in=D)
-        self.shared_down = dense(rngs, (S, D), ("width", "embed"), fan_in=S, gain=gain)
+        if S:
+            self.shared_gate = dense(rngs, (D, S), ("embed", "width"), fan_in=D)
+            self.shared_up = dense(rngs, (D, S), ("embed", "width"), fan_in=D)
+            self.shared_down = dense(rngs, (S, D), ("width", "embed"), fan_in=S, gain=gain)
 
+    @jax.named_scope("experts")
     def __call__(self, x_BPD: jax.Array, mesh: Mesh | None, tick: bool) -> tuple[jax.Array, MoeReport]:
         B, P, D = x_BPD.shape
         y_ND = rms_norm(x_BPD, self.norm[...]).reshape(B * P, D)
@@ -92,9 +95,10 @@ class ExpertLayer(nnx.Module):
             blocks = partial(dispatch.in_blocks, rows=self.moe.block_rows)
             local = blocks if self.moe.matmul == "blocks" else dispatch.in_ragged_rows
             routed_ND, dropped = dispatch.apply_experts(y_ND, routing, experts, local, self.moe.capacity_factor, mesh)
-        shared_ND = expert_ops.swiglu(y_ND, weight(self.shared_gate), weight(self.shared_up), weight(self.shared_down))
-        report = MoeReport(routing.load_E, dropped, routing.z_loss)
-        return (routed_ND + shared_ND).reshape(B, P, D), report
+        if self.moe.shared_width:
+            shared = (weight(w) for w in (self.shared_gate, self.shared_up, self.shared_down))
+            routed_ND = routed_ND + expert_ops.swiglu(y_ND, *shared)
+        return routed_ND.reshape(B, P, D), MoeReport(routing.load_E, dropped, routing.z_loss)
 
 
 class Block(nnx.Module):

@@ -3,7 +3,8 @@
 A position predicts the next one's content. So the last input slot predicts the first text token, that token's
 slot the next, and the last text slot is the condition of the flow head for the mel that follows it.
 
-Legend: B batch, T micro-turns, S slots, P = T x S positions, D d_model, V vocab, X values of a slot of mel.
+Legend: B batch, T micro-turns, S slots, R slots that are not video, N frames, P positions, D d_model, V vocab,
+X values of a slot of mel.
 """
 
 from __future__ import annotations
@@ -78,45 +79,52 @@ class InteractionModel(nnx.Module):
         slot_SD = self.slots[first : first + x_BTSD.shape[2]]
         return (x_BTSD + slot_SD[None, None]).astype(self.model.dtype)
 
+    @jax.named_scope("embed")
     def weave(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        """All streams in slot order: ([B, T, S, D], present bool [B, T, S])."""
+        """All streams in the order of `Layout.positions`: ([B, P, D], present bool [B, P])."""
         B, T = batch["user_present"].shape
-        video_BNSD = self.embed_video(batch["video"])
-        every = self.layout.stream.video_every
-        video_BTSD = jnp.zeros((B, T, *video_BNSD.shape[2:]), video_BNSD.dtype).at[:, ::every].set(video_BNSD)
-        parts = (
+        streams = (
             self.embed_user_audio(batch["user_dmel"]),
-            video_BTSD,
             self.embed_user_text(batch["user_text"]),
             self.embed_model_text(batch["model_text"]),
             self.embed_model_audio(batch["model_mel"]),
         )
-        there = jnp.zeros((B, T), bool).at[:, ::every].set(batch["video_present"])
         present = (
-            jnp.repeat(batch["user_present"][..., None], parts[0].shape[2], axis=2),
-            jnp.repeat(there[..., None], parts[1].shape[2], axis=2),
+            jnp.repeat(batch["user_present"][..., None], self.layout.user_audio, axis=2),
             batch["user_text"] != ABSENT,
             jnp.ones((B, T, self.layout.outputs), bool),
         )
-        return jnp.concatenate(parts, axis=2), jnp.concatenate(present, axis=2)
+        seen_BNS = jnp.repeat(batch["video_present"][..., None], self.layout.user_video, axis=2)
+        x_BPD = self._put_frames(jnp.concatenate(streams, axis=2), self.embed_video(batch["video"]))
+        return x_BPD, self._put_frames(jnp.concatenate(present, axis=2), seen_BNS)
+
+    # Frames come every few micro-turns: F of them to a frame, R slots beside those of video.
+
+    def _put_frames(self, rest_BTR: jax.Array, frame_BNS: jax.Array) -> jax.Array:
+        """Streams without video [B, T, R, ...] and frames [B, N, S, ...] as one sequence [B, P, ...]."""
+        (B, N), F = frame_BNS.shape[:2], self.layout.stream.video_every
+        rest_BNX = rest_BTR.reshape(B, N, F * rest_BTR.shape[2], *rest_BTR.shape[3:])
+        audio = self.layout.user_audio
+        whole_BNX = jnp.concatenate([rest_BNX[:, :, :audio], frame_BNS, rest_BNX[:, :, audio:]], axis=2)
+        return whole_BNX.reshape(B, N * whole_BNX.shape[2], *whole_BNX.shape[3:])
+
+    def _drop_frames(self, x_BPD: jax.Array, turns: int) -> jax.Array:
+        """[B, P, D] -> [B, T, R, D], without the positions of video."""
+        (B, _, D), N, audio = x_BPD.shape, turns // self.layout.stream.video_every, self.layout.user_audio
+        x_BNXD = x_BPD.reshape(B, N, -1, D)
+        rest_BNXD = jnp.concatenate([x_BNXD[:, :, :audio], x_BNXD[:, :, audio + self.layout.user_video :]], axis=2)
+        return rest_BNXD.reshape(B, turns, -1, D)
 
     def __call__(self, batch: Batch, mesh: Mesh | None = None) -> Outputs:
         """The training forward; `batch` as the loader makes it (tmljax/stream/weave.py)."""
-        x_BTSD, present_BTS = self.weave(batch)
-        B, T, S, D = x_BTSD.shape
-        time_BT = batch["start"][:, None] + jnp.arange(T)[None]
-        z_BPD, moe = self.trunk(
-            x_BTSD.reshape(B, T * S, D),
-            jnp.repeat(time_BT, S, axis=1),
-            S,
-            present_BTS.reshape(B, T * S),
-            mesh,
-        )
-        z_BTSD = z_BPD.reshape(B, T, S, D)
-        first, texts = self.layout.inputs, self.layout.model_text
-        text_BTSV = self.text_head(z_BTSD[:, :, first - 1 : first + texts - 1])
-        condition_BTSD = z_BTSD[:, :, first + texts - 1 : S - 1]
-        return Outputs(text_BTSV, condition_BTSD, self.heard_head(z_BTSD[:, :, first - 1]), moe)
+        turns = batch["user_present"].shape[1]
+        x_BPD, present_BP = self.weave(batch)
+        z_BPD, moe = self.trunk(x_BPD, batch["start"], self.layout.positions(turns), present_BP, mesh)
+        z_BTRD = self._drop_frames(z_BPD, turns)
+        first, texts = self.layout.inputs - self.layout.user_video, self.layout.model_text
+        text_BTSV = self.text_head(z_BTRD[:, :, first - 1 : first + texts - 1])
+        condition_BTSD = z_BTRD[:, :, first + texts - 1 : -1]
+        return Outputs(text_BTSV, condition_BTSD, self.heard_head(z_BTRD[:, :, first - 1]), moe)
 
 
 def quantise(mel: jax.Array) -> jax.Array:

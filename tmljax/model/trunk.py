@@ -5,6 +5,7 @@ Legend: B batch, P positions, D d_model, L layers, N sessions, n new positions.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -25,11 +26,14 @@ REMAT = {
 }
 
 
-UNROLLED = 16  # layers up to which the tick is not scanned: XLA:CPU copies each layer's weights out of the stack
+# Layers up to which nothing is scanned: XLA:CPU copies each layer's weights out of the stack, in training its
+# activations into another. A longer training program takes too long to compile.
+UNROLLED_IN_TICK, UNROLLED_IN_TRAINING = 16, 8
 
 
 def unrolled(model: config.Model) -> bool:
-    return model.layers <= UNROLLED
+    """Whether the tick takes the layers one by one."""
+    return model.layers <= UNROLLED_IN_TICK
 
 
 class Trunk(nnx.Module):
@@ -45,11 +49,15 @@ class Trunk(nnx.Module):
         self.norm = constant((model.d_model,), ("embed",), 1.0)
 
     def __call__(
-        self, x_BPD: jax.Array, time_BP: jax.Array, slots: int, present_BP: jax.Array, mesh: Mesh | None
+        self, x_BPD: jax.Array, start_B: jax.Array, place_P2: np.ndarray, present_BP: jax.Array, mesh: Mesh | None
     ) -> tuple[jax.Array, MoeReport]:
-        """The training forward over whole examples of `slots` positions a micro-turn; reports stacked over layers."""
-        slot_P = jnp.tile(jnp.arange(slots), x_BPD.shape[1] // slots)
-        blocks = query_blocks(x_BPD.shape[1], QUERY_TURNS * slots, self.model.window * slots)
+        """The training forward over whole examples that begin with micro-turn `start_B`; reports stacked over layers.
+
+        `place_P2` has the micro-turn from there and the slot of each position, in this order.
+        """
+        turn_P, slot_P = place_P2.T
+        time_BP = start_B[:, None] + turn_P[None]
+        blocks = query_blocks(turn_P, QUERY_TURNS, self.model.window)
         masks = [
             see(time_BP[:, q], slot_P[q], time_BP[:, k], slot_P[k], present_BP[:, k], self.model.window)
             for q, k in blocks
@@ -67,7 +75,7 @@ class Trunk(nnx.Module):
 
         if self.model.remat != "none":
             step = jax.checkpoint(step, policy=REMAT[self.model.remat], prevent_cse=False)
-        x_BPD, report = jax.lax.scan(step, x_BPD, stacked)
+        x_BPD, report = jax.lax.scan(step, x_BPD, stacked, unroll=self.model.layers <= UNROLLED_IN_TRAINING)
         return rms_norm(x_BPD, self.norm[...]), report
 
     def extend(

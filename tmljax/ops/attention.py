@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 HIDDEN = -1e30  # a masked logit; finite, so that a row without keys stays finite
 
@@ -32,10 +33,17 @@ def attend(
     return out_BKGPh.transpose(0, 3, 1, 2, 4).reshape(B, P, H, h)
 
 
-def query_blocks(positions: int, block: int, reach: int) -> list[tuple[slice, slice]]:
-    """Splits a sequence into blocks of queries, each with the keys it could see: not later, `reach` back at most."""
-    starts = range(0, positions, block)
-    return [(slice(s, min(s + block, positions)), slice(max(0, s - reach), min(s + block, positions))) for s in starts]
+def query_blocks(turn_P: np.ndarray, block: int, window: int) -> list[tuple[slice, slice]]:
+    """Splits a sequence into blocks of queries, each with the keys it could see.
+
+    `turn_P` has the micro-turn of each position, ascending from 0. A block has the queries of `block` micro-turns; it
+    sees nothing later, and `window` micro-turns at most.
+    """
+    blocks = []
+    for first in range(0, int(turn_P[-1]) + 1, block):
+        bounds = np.searchsorted(turn_P, [first - window + 1, first, first + block]).tolist()
+        blocks.append((slice(bounds[1], bounds[2]), slice(bounds[0], bounds[2])))
+    return blocks
 
 
 def attend_in_blocks(

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tmljax.ops.project import project
+
 
 class Experts(NamedTuple):
     gate_EDW: jax.Array
@@ -24,7 +26,8 @@ class Experts(NamedTuple):
 
 def swiglu(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
     """x [..., D] through one expert of matrices [D, W], [D, W], [W, D]."""
-    return jnp.dot(jax.nn.silu(jnp.dot(x, gate)) * jnp.dot(x, up), down)
+    a, u = project(x, gate, up)
+    return jnp.dot(jax.nn.silu(a) * u, down)
 
 
 def every_expert(x_ND: jax.Array, expert_Nk: jax.Array, gate_Nk: jax.Array, experts: Experts) -> jax.Array:
@@ -104,10 +107,12 @@ def blocked(x_RD: jax.Array, expert_n: jax.Array, experts: Experts) -> jax.Array
     """Rows already laid in blocks [n*b, D] through the expert of their block."""
     n = expert_n.shape[0]
     x_nbD = x_RD.reshape(n, -1, x_RD.shape[1])
-    gate_nDW, up_nDW, down_nWD = (pick_experts(w, expert_n) for w in experts)
-    a_nbW = jnp.einsum("nbD,nDW->nbW", x_nbD, gate_nDW)
-    u_nbW = jnp.einsum("nbD,nDW->nbW", x_nbD, up_nDW)
-    return jnp.einsum("nbW,nWD->nbD", jax.nn.silu(a_nbW) * u_nbW, down_nWD).reshape(x_RD.shape)
+    E, D, W = experts.gate_EDW.shape
+    both_EDV = jnp.stack([experts.gate_EDW, experts.up_EDW], axis=2).reshape(E, D, 2 * W)
+    both_nbV = jnp.einsum("nbD,nDV->nbV", x_nbD, pick_experts(both_EDV, expert_n))  # one product reads x once
+    a_nbW, u_nbW = jnp.split(both_nbV, 2, axis=-1)
+    y_nbD = jnp.einsum("nbW,nWD->nbD", jax.nn.silu(a_nbW) * u_nbW, pick_experts(experts.down_EWD, expert_n))
+    return y_nbD.reshape(x_RD.shape)
 
 
 @jax.custom_vjp

@@ -5,7 +5,7 @@ ends, x_1, and the field follows as (x_1 - x_t) / (1 - t): the loss stays on the
 carry the noise through (arXiv 2511.13720, "x-prediction, v-loss").
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -32,10 +32,12 @@ def matching_loss(endpoint: Endpoint, target_X: jax.Array, noise_X: jax.Array, t
     return jnp.mean(error_X**2, axis=-1)
 
 
-def integrate(endpoint: Endpoint, noise_X: jax.Array, steps: int) -> jax.Array:
-    """Euler from t = 0 to 1 in `steps` equal steps; with the field implied by `endpoint`, the last lands on it."""
-    x_X = noise_X
-    for i in range(steps):
-        time = jnp.full(noise_X.shape[:-1], i / steps, jnp.float32)
-        x_X = x_X + (endpoint(x_X, time) - x_X) / (steps - i)
+def integrate(endpoints: Sequence[Callable[[jax.Array], jax.Array]], noise_X: jax.Array) -> jax.Array:
+    """Euler from t = 0 to 1 in equal steps: `endpoints[i]` says where the path ends from x_t [..., X], t = i / steps.
+
+    With the field implied by an endpoint, the last step lands on it.
+    """
+    x_X, steps = noise_X, len(endpoints)
+    for i, endpoint in enumerate(endpoints):
+        x_X = x_X + (endpoint(x_X) - x_X) / (steps - i)
     return x_X

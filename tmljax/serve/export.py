@@ -28,7 +28,7 @@ import jax
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from tmljax import config
+from tmljax import config, files
 from tmljax.config import Experiment, UserError
 from tmljax.decode.engine import Arrays, program_shapes
 from tmljax.decode.program import PLATFORMS, initial_state, lower_tick, weights_of
@@ -101,7 +101,7 @@ def _whole_directory(output: Path) -> Iterator[Path]:
         folder.mkdir(parents=True)
         yield folder
         for path in folder.iterdir():
-            _sync(path)
+            files.sync(path)
         if output.exists():
             output.rename(replaced)
         folder.rename(output)
@@ -113,11 +113,6 @@ def _whole_directory(output: Path) -> Iterator[Path]:
             replaced.rename(output)
         shutil.rmtree(folder, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
 
 
 def _write_json(path: Path, tree: Any) -> None:

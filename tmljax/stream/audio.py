@@ -14,6 +14,7 @@ import numpy as np
 import soundfile
 import soxr
 
+from tmljax import files
 from tmljax.config import UserError
 from tmljax.stream.microturn import FRAME_SAMPLES, SAMPLE_RATE
 
@@ -86,23 +87,15 @@ def write_wav(path: str | os.PathLike[str], samples: np.ndarray, rate: int = SAM
     """
     name = os.fspath(path)
     pcm = samples if samples.dtype == np.int16 else to_int16(samples)
-    temporary = f"{name}.{os.getpid()}.tmp"
     try:
-        with open(temporary, "wb") as raw:
-            with wave.open(raw, "wb") as file:
-                file.setnchannels(1 if pcm.ndim == 1 else pcm.shape[1])
-                file.setsampwidth(2)
-                file.setframerate(rate)
-                file.writeframes(np.ascontiguousarray(pcm, "<i2").tobytes())
-            raw.flush()
-            os.fsync(raw.fileno())
-        os.replace(temporary, name)
+        with files.whole(name) as aside, open(aside, "wb") as raw, wave.open(raw, "wb") as file:
+            file.setnchannels(1 if pcm.ndim == 1 else pcm.shape[1])
+            file.setsampwidth(2)
+            file.setframerate(rate)
+            file.writeframes(np.ascontiguousarray(pcm, "<i2").tobytes())
     except OSError as e:
         full = "the disk is full" if e.errno in (errno.ENOSPC, errno.EDQUOT) else e.strerror or str(e)
         raise UserError(f"cannot write {name}: {full}") from None
-    finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
 
 
 def to_int16(samples: np.ndarray) -> np.ndarray:
@@ -133,11 +126,11 @@ def _runs(flags: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def voiced_segments(samples: np.ndarray, merge_gap: float = 0.3, min_length: float = 0.05) -> list[tuple[float, float]]:
-    """Stretches of sound as (start, end) seconds: gaps shorter than `merge_gap` closed, then short ones dropped."""
+    """Stretches of sound as (start, end) seconds: gaps of at most `merge_gap` closed, then short ones dropped."""
     seconds = FRAME_SAMPLES / SAMPLE_RATE
     merged: list[tuple[float, float]] = []
     for start, end in zip(*(edges * seconds for edges in _runs(energy_vad(samples))), strict=True):
-        if merged and start - merged[-1][1] < merge_gap - 1e-9:
+        if merged and start - merged[-1][1] <= merge_gap + 1e-9:
             merged[-1] = (merged[-1][0], float(end))
         else:
             merged.append((float(start), float(end)))

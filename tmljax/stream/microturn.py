@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from tmljax.config import Stream
 
 SAMPLE_RATE = 16_000
@@ -75,6 +77,15 @@ class Layout:
     @property
     def slots(self) -> int:
         return self.inputs + self.outputs
+
+    def positions(self, turns: int) -> np.ndarray:
+        """The positions of a training example of so many micro-turns: int32 [P, 2] of (micro-turn, slot).
+
+        Video slots between two frames are left out: nothing sees them, and nothing is predicted from them.
+        """
+        turn, slot = np.divmod(np.arange(turns * self.slots, dtype=np.int32), self.slots)
+        video = (slot >= self.user_audio) & (slot < self.user_audio + self.user_video)
+        return np.stack([turn, slot], axis=1)[~video | (turn % self.stream.video_every == 0)]
 
 
 def input_microturn(seconds: float) -> int:

@@ -16,6 +16,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from tmljax import files
 from tmljax.config import UserError
 from tmljax.stream.microturn import CONTROL_TOKENS
 
@@ -93,11 +94,7 @@ class Tokenizer:
         return self._inner.to_str(pretty=False)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Whole or not at all: written beside `path`, then renamed."""
-        temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(self.to_json())
-        os.replace(temporary, path)
+        files.write_text(path, self.to_json())
 
     def __reduce__(self):
         return Tokenizer.from_json, (self.to_json(),)

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tmljax.checkpoint import write_text
+from tmljax import files
 from tmljax.train.metrics import TIME, Row, clock, read_rows
 
 FILE = "time.jsonl"
@@ -48,7 +48,7 @@ class Ledger:
         lines = read_rows(self._path)
         whole = "".join(json.dumps(line) + "\n" for line in lines)
         if self._path.exists() and self._path.read_text(encoding="utf-8") != whole:  # a line was cut short
-            write_text(self._path, whole)
+            files.write_text(self._path, whole)
         self._first, self.sums = step, account(lines, self._began, step)
 
     @contextlib.contextmanager

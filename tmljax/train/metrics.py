@@ -19,7 +19,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
 from tqdm import tqdm
 
-from tmljax.checkpoint import write_text
+from tmljax import files
 
 FILE = "metrics.jsonl"
 TIME = "time/"
@@ -76,7 +76,7 @@ def read_rows(path: Path) -> list[Row]:
 def keep_rows(path: Path, step: int) -> None:
     if path.exists():
         kept = [row for row in read_rows(path) if row["step"] <= step]
-        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+        files.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 class Progress:

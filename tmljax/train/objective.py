@@ -61,6 +61,7 @@ def objective(
     return total, (metrics, Routing(out.moe.load_E, jnp.sum(out.moe.dropped)))
 
 
+@jax.named_scope("flow")
 def flow_loss(
     model: InteractionModel, condition_BTSD: jax.Array, mel_BTFM: jax.Array, speaks_BT: jax.Array, key: jax.Array
 ) -> jax.Array:

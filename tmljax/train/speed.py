@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 
 from tmljax.config import Experiment
 from tmljax.stream.microturn import MICROTURN_SECONDS, Layout
@@ -67,7 +68,7 @@ def places(path: list[str], experiment: Experiment) -> float:
         return 0  # looked up
     if group == "trunk":
         routed = name in ("gate", "up", "down")
-        return length * layout.slots * (model.moe.top_k / model.moe.experts if routed else 1)
+        return len(layout.positions(length)) * (model.moe.top_k / model.moe.experts if routed else 1)
     if group == "patches":
         patches = length // experiment.stream.video_every * layout.patches
         return patches * {"pixels": 100, "merge": 25, "last": 1 / experiment.stream.patches_per_slot}[name]
@@ -82,9 +83,8 @@ def places(path: list[str], experiment: Experiment) -> float:
 
 def attention_flops(experiment: Experiment) -> float:
     """Scores and mixtures of one example, over the pairs that the causal window lets see each other."""
-    model, slots = experiment.model, Layout(experiment.stream).slots
-    before = sum(min(t, model.window - 1) for t in range(experiment.data.window))  # whole micro-turns looked back on
-    pairs = before * slots**2 + experiment.data.window * slots * (slots + 1) / 2
+    model, turn_P = experiment.model, Layout(experiment.stream).positions(experiment.data.window)[:, 0]
+    pairs = sum(p + 1 - np.searchsorted(turn_P, turn - model.window + 1) for p, turn in enumerate(turn_P))
     return 12 * model.layers * model.heads * model.head_dim * pairs
 
 
@@ -93,7 +93,7 @@ class Stopwatch:
 
     def __init__(self, experiment: Experiment, flops: float | None, devices: list[jax.Device]):
         batch, length = experiment.data.batch, experiment.data.window
-        self._positions = batch * length * Layout(experiment.stream).slots
+        self._positions = batch * len(Layout(experiment.stream).positions(length))
         self._seconds = batch * length * MICROTURN_SECONDS
         peak = peak_flops(devices)
         self._use = None if flops is None or peak is None else flops / peak

@@ -1,0 +1,18 @@
+# shellcheck shell=bash
+# Sourced by what stands between a machine and the training on it: the training gets SIGTERM, and its exit code goes on.
+
+begin() { # COMMAND...; sets `child`
+  "$@" </dev/null &
+  child=$!
+  trap 'kill -TERM "$child"' TERM
+}
+
+# shellcheck disable=SC2034 # `code` is for the caller
+await() { # sets `code`; a signal ends `wait` before the child has ended
+  wait "$child"
+  code=$?
+  while kill -0 "$child" 2>/dev/null; do
+    wait "$child"
+    code=$?
+  done
+}

@@ -1,0 +1,128 @@
+"""Trains on a TPU VM slice: makes it, copies this repository, trains on all workers, and again after a preemption.
+
+    python -m launch.tpu_vm --name=demo --zone=us-east5-a --type=v5p-32 --version=v2-alpha-tpuv5 --create=--spot \\
+        --setup="mount /mnt/shared" \\
+        -- .venv/bin/python -m launch.train --config=configs/demo.py --workdir=/mnt/shared/demo
+
+What git would track here is copied to ~/tmljax of every worker and installed there with the extra `tpu`; --setup runs
+after that. The workdir and config.data.root lie on a disk that all workers see. The training outlives this command,
+which follows it: Ctrl-C leaves it running, and the same command follows it again. The slice stays when it is done.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from absl import flags
+
+from launch import starter
+from launch.ssh import process
+
+FOLDER = "tmljax"  # in the home of each worker
+ARCHIVE = f"{FOLDER}.tar.gz"
+INSTALLED = ".venv/.installed"  # the sign that all of this came to its end
+INSTALL = "python3 -m venv .venv && .venv/bin/pip install --quiet --constraint constraints.txt --editable '.[tpu]'"
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("name", None, "of the TPU VM", required=True)
+    flags.DEFINE_string("zone", None, "of Google Cloud", required=True)
+    flags.DEFINE_string("type", None, "accelerator type, v5p-32 say", required=True)
+    flags.DEFINE_string("version", None, "runtime version, v2-alpha-tpuv5 say", required=True)
+    flags.DEFINE_string("create", "", "more options for its creation: --spot, --network=..., --project=...")
+    flags.DEFINE_string("setup", "", "shell command for each worker of a new slice, after the installation")
+    flags.DEFINE_integer("grace", 120, "seconds to save in when asked to stop", lower_bound=1)
+    flags.DEFINE_integer("restarts", 10, "how often a training that fails is started again", lower_bound=0)
+    flags.DEFINE_float("pause", 30.0, "seconds before it is started again", lower_bound=0)
+    flags.DEFINE_bool("renew", False, "copy and install this repository again where the slice has it already")
+    flags.DEFINE_bool("dry-run", False, starter.DRY_RUN)
+
+
+def main(argv: Sequence[str]) -> int:
+    command, given = starter.command(argv), flags.FLAGS
+    tpu = TpuVm(starter.Shell.of_flags(), given.name, given.zone)
+
+    def attempt() -> int:
+        code = prepare(tpu)
+        if code:
+            return code
+        _, addresses = tpu.look()
+        told = process(f"{addresses[0]}:{starter.PORT}", len(addresses))
+        code = tpu.on_workers("all", ["bash", "launch/tpu_vm.sh", "start", *told, *command.words()])
+        code = code or tpu.on_workers("0", ["bash", "launch/tpu_vm.sh", "follow"])
+        if code == 0:
+            return tpu.on_workers("0", command.finished())
+        if code != starter.LOST:  # the others may be waiting for the one that failed
+            tpu.on_workers("all", ["bash", "-c", f"tail -n 5 train.log; bash launch/tpu_vm.sh stop {given.grace}"])
+        return code
+
+    code = starter.persevere(attempt, given.restarts, given.pause)
+    delete = shlex.join(tpu.words("delete"))
+    starter.say(f"{given.name} still exists, and costs; when you have what you need: {delete}")
+    return code
+
+
+class TpuVm(NamedTuple):
+    """A slice, by way of gcloud."""
+
+    shell: starter.Shell
+    name: str
+    zone: str
+
+    def words(self, verb: str, *options: str) -> list[str]:
+        return ["gcloud", "compute", "tpus", "tpu-vm", verb, self.name, f"--zone={self.zone}", *options]
+
+    def look(self) -> tuple[str, list[str]]:
+        """READY, PREEMPTED, ... or "" where there is none, and the addresses of its workers."""
+        dry = '{"state": "READY", "networkEndpoints": [{"ipAddress": "FIRST-WORKER"}]}'
+        found = json.loads(self.shell.read(*self.words("describe", "--format=json"), dry=dry) or "{}")
+        return found.get("state", ""), [endpoint["ipAddress"] for endpoint in found.get("networkEndpoints", [])]
+
+    def on_workers(self, which: str, words: Sequence[str]) -> int:
+        """Runs a command in the repository on one worker or `all`; returns its exit code."""
+        return self.run_line(which, f"cd {FOLDER} && exec {shlex.join(words)}")
+
+    def run_line(self, which: str, line: str) -> int:
+        return self.shell.run(*self.words("ssh", f"--worker={which}", f"--command={line}"))
+
+
+def prepare(tpu: TpuVm) -> int:
+    """Makes and fills the slice where there is none, or none that works; returns the exit code of what failed, or 0."""
+    state, _ = tpu.look()
+    given = flags.FLAGS
+    if state != "READY" or tpu.shell.dry:
+        if state not in ("", "READY"):
+            starter.say(f"{tpu.name} is {state}; it is made anew")
+            tpu.shell.run(*tpu.words("delete", "--quiet"))
+        kind = (f"--accelerator-type={given.type}", f"--version={given.version}")
+        code = tpu.shell.run(*tpu.words("create", *kind, *shlex.split(given.create)))
+        if code:
+            return code
+    elif not given.renew and tpu.run_line("all", f"test -e {FOLDER}/{INSTALLED}") == 0:
+        return 0
+    return install(tpu, given.setup)
+
+
+def install(tpu: TpuVm, setup: str) -> int:
+    """Copies the files that git would track, and installs them on every worker; returns the exit code."""
+    root = shlex.quote(str(Path(__file__).parents[1]))
+    with tempfile.TemporaryDirectory() as folder:
+        archive = ARCHIVE if tpu.shell.dry else f"{folder}/{ARCHIVE}"
+        tracked = f"git -C {root} ls-files -z --cached --others --exclude-standard"
+        tpu.shell.check("bash", "-c", f"{tracked} | tar -czf {archive} -C {root} --null -T -")
+        copy = ["gcloud", "compute", "tpus", "tpu-vm", "scp", archive, f"{tpu.name}:", f"--zone={tpu.zone}"]
+        code = tpu.shell.run(*copy, "--worker=all")
+    steps = [f"mkdir -p {FOLDER}", f"tar -xzf {ARCHIVE} -C {FOLDER}", f"cd {FOLDER}", INSTALL, setup or "true"]
+    steps.append(f"touch {INSTALLED}")
+    return code or tpu.run_line("all", " && ".join(steps))
+
+
+if __name__ == "__main__":
+    define_flags()
+    sys.exit(starter.run(main))

@@ -1,0 +1,394 @@
+"""The starters of other machines: what they call, with fakes in place of what is called.
+
+Far sides are run here by a fake ssh or gcloud, so that a flag with spaces and quotes has been through every shell.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+from tests.launch.fakes import ANSWER, GCLOUD, INSTALLER, PYTHON, ROOT, SSH, Fakes
+
+FLAGS = ["--config=configs/smoke.py", "--workdir=/shared/my runs/it's $HOME", "--config.data.name=a b"]
+TRAIN = ["python", "-m", "launch.train", *FLAGS]
+FINISHED = ["-m", "launch.finished", *FLAGS]
+STARTERS = {
+    "slurm": ["--nodes=2"],
+    "gke": ["--name=demo", "--image=registry/tmljax", "--hosts=2"],
+    "tpu_vm": ["--name=demo", "--zone=us-x1", "--type=v5p-16", "--version=v2"],
+    "ssh": ["--hosts=ada,me@alan", f"--folder={ROOT}"],
+}
+PROGRAM = {"slurm": "sbatch", "gke": "kubectl", "tpu_vm": "gcloud", "ssh": "ssh"}
+
+
+@pytest.fixture
+def fakes(tmp_path):
+    return Fakes(tmp_path, python=PYTHON, ssh=SSH, gcloud=GCLOUD, srun=ANSWER, scontrol=ANSWER, sbatch=ANSWER)
+
+
+def train_calls(fakes):
+    return [c for c in fakes.calls("python") if c["argv"][1] == "launch.train"]
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_the_shell_scripts_pass_shellcheck():
+    program = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    assert program, "shellcheck comes with the extra `test`: pip install -e '.[test]'"
+    scripts = sorted(str(p.relative_to(ROOT)) for p in [*(ROOT / "launch").glob("*.sh"), ROOT / ".ci" / "run"])
+    assert len(scripts) >= 6
+    done = subprocess.run([program, "-x", *scripts], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("starter", STARTERS)
+def test_what_it_is_and_what_is_wrong(starter, tmp_path):
+    """--help; a dry run where nothing is installed; and, in one line, what is missing."""
+    nothing = Fakes(tmp_path)
+    nothing.environment["PATH"] = str(tmp_path / "bin")
+    helped = nothing.start(starter, "--help")
+    assert helped.returncode == 0
+    assert "--dry-run" in helped.stdout
+    assert f"python -m launch.{starter}" in helped.stdout
+    dry = nothing.start(starter, *STARTERS[starter], "--dry-run", "--", *TRAIN)
+    assert dry.returncode == 0, dry.stderr
+    assert PROGRAM[starter] in dry.stdout
+    refuses(nothing.start(starter, *STARTERS[starter], "--", *TRAIN), f"{PROGRAM[starter]} is not installed here")
+    refuses(nothing.start(starter, "--", *TRAIN), "is missing")
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        ([], "end with -- python -m launch.train"),
+        (["--", "make", "coffee"], "not make coffee"),
+        (["--nods=3", "--", *TRAIN], "nods"),
+        (["stray", "--", *TRAIN], "'stray' is not a flag"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line(tmp_path, words, complaint):
+    refuses(Fakes(tmp_path).start("ssh", *STARTERS["ssh"], *words), complaint)
+
+
+def refuses(done, complaint):
+    assert done.returncode == 2
+    assert complaint in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_dry_run_calls_nothing_and_prints_what_a_shell_would_take(fakes):
+    for starter in ("slurm", "tpu_vm", "ssh"):
+        done = fakes.start(starter, *STARTERS[starter], "--dry-run", "--", *TRAIN)
+        lines = [shlex.split(line) for line in done.stdout.splitlines()]
+        assert lines[0][0] == PROGRAM[starter]
+        words = lines[0] if starter == "slurm" else shlex.split(lines[-1][-1])  # of the far side's shell
+        assert words[-3:] == FLAGS
+    assert fakes.calls() == []
+
+
+def test_sbatch_gets_one_process_a_node_and_the_same_flags(fakes):
+    options = "--partition=gpu --comment='two words'"
+    done = fakes.start("slurm", "--nodes=4", f"--sbatch={options}", "--grace=90", "--", *TRAIN)
+    assert done.returncode == 0, done.stderr
+    (call,) = fakes.calls("sbatch")
+    before, script = call["argv"][: -len(TRAIN) - 2], call["argv"][-len(TRAIN) - 2 :]
+    assert script == [str(ROOT / "launch" / "slurm.sh"), "10", *TRAIN]
+    assert {"--nodes=4", "--ntasks-per-node=1", "--requeue", "--signal=TERM@90"} <= set(before)
+    assert before[-2:] == ["--partition=gpu", "--comment=two words"]
+
+
+def batch(fakes, restarts=1, **environment):
+    fakes.environment |= {"SLURM_JOB_ID": "61", **environment}
+    return fakes.run("bash", str(ROOT / "launch" / "slurm.sh"), str(restarts), *TRAIN)
+
+
+def names(fakes):
+    return [c["argv"][1] if c["name"] == "python" else c["name"] for c in fakes.calls()]
+
+
+def test_a_slurm_job_trains_to_the_end(fakes):
+    fakes.answers("launch.finished", (75, ""), (0, ""))
+    assert batch(fakes, SLURM_GPUS_ON_NODE="4").returncode == 0
+    assert names(fakes) == ["launch.finished", "srun", "launch.finished"]
+    (srun,) = fakes.calls("srun")
+    assert srun["argv"] == ["--kill-on-bad-exit=1", *TRAIN]
+    assert srun["told"] == {"JAX_LOCAL_DEVICE_IDS": "0,1,2,3"}
+    assert fakes.calls("python")[0]["argv"] == FINISHED
+
+
+def test_a_preempted_slurm_job_goes_back_to_the_queue_and_ends_there(fakes):
+    fakes.answers("launch.finished", (75, ""), (75, ""), (75, ""), (0, ""))
+    assert batch(fakes).returncode == 0
+    assert fakes.calls("scontrol")[0]["argv"] == ["requeue", "61"]
+    assert batch(fakes).returncode == 0  # as SLURM starts it again
+    one = ["launch.finished", "srun", "launch.finished"]
+    assert names(fakes) == [*one, "scontrol", *one]
+
+
+def test_a_failing_slurm_job_is_started_again_so_often_and_a_mistake_never(fakes):
+    fakes.answers("launch.finished", (75, ""))
+    fakes.answers("srun", (137, ""))
+    assert batch(fakes, restarts=2).returncode == 137
+    assert len(fakes.calls("srun")) == 3
+    fakes.answers("srun", (2, ""))
+    assert batch(fakes).returncode == 2
+    fakes.answers("launch.finished", (2, ""))
+    assert batch(fakes).returncode == 2
+    assert len(fakes.calls("srun")) == 4
+    assert not fakes.calls("scontrol")
+
+
+def ssh(fakes, *more, hosts="ada,me@alan"):
+    return ("ssh", f"--hosts={hosts}", f"--folder={ROOT}", "--pause=0", "--grace=5", *more, "--", *TRAIN)
+
+
+def test_ssh_starts_each_host_with_its_number_and_the_same_flags(fakes):
+    fakes.answers("launch.train", (0, "hello\n"))
+    done = fakes.start(*ssh(fakes))
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == ["[ada] hello", "[me@alan] hello"]
+    calls = sorted(train_calls(fakes), key=lambda c: c["told"]["JAX_PROCESS_ID"])
+    for index, call in enumerate(calls):
+        assert call["argv"] == TRAIN[1:]
+        assert call["cwd"] == str(ROOT)
+        assert call["told"] == {
+            "JAX_COORDINATOR_ADDRESS": "ada:8476",
+            "JAX_NUM_PROCESSES": "2",
+            "JAX_PROCESS_ID": str(index),
+        }
+    assert [c["argv"] for c in fakes.calls("python")][2:] == [FINISHED]
+
+
+def test_ssh_goes_on_after_a_stop_which_is_no_failure(fakes):
+    fakes.answers("launch.finished", (75, ""), (75, ""), (0, ""))
+    done = fakes.start(*ssh(fakes, "--restarts=0"))
+    assert done.returncode == 0, done.stderr
+    assert len(train_calls(fakes)) == 6
+    assert "stopped before its end" in done.stderr
+
+
+def test_ssh_stops_all_when_one_fails_and_starts_them_again(fakes):
+    (fakes.folder / "train.waits").touch()
+    fakes.answers("me_alan", (255, "ssh: connect to host alan port 22: No route to host\n"))
+    done = fakes.start(*ssh(fakes, "--restarts=1"))
+    assert done.returncode == 255
+    assert done.stdout.count("[me@alan] ssh: connect to host alan") == 2
+    assert len(train_calls(fakes)) == (fakes.folder / "train.stopped").stat().st_size == 2  # ada's, by SIGTERM
+
+
+def test_ssh_does_not_repeat_a_mistake(fakes):
+    fakes.answers("launch.train", (2, "error: --config=x.py: there is no such file\n"))
+    done = fakes.start(*ssh(fakes, hosts="ada"))
+    assert done.returncode == 2
+    assert len(train_calls(fakes)) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_the_far_side_stops_and_saves_when_the_near_side_ends(fakes, number):
+    """Ctrl-C, or this machine is lost: the connection closes, and the training gets SIGTERM."""
+    (fakes.folder / "train.waits").touch()
+    child = subprocess.Popen(
+        [sys.executable, "-m", "launch.ssh", *ssh(fakes)[1:]], cwd=ROOT, env=fakes.environment,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    wait_for(lambda: (fakes.folder / "train.started").exists() and len(train_calls(fakes)) == 2)
+    time.sleep(0.5)
+    child.send_signal(number)
+    _, err = child.communicate(timeout=30)
+    assert child.returncode == (130 if number == signal.SIGINT else -9)
+    assert "Traceback" not in err
+    stopped = fakes.folder / "train.stopped"
+    wait_for(lambda: stopped.exists() and stopped.stat().st_size == 2)
+
+
+def verbs(fakes):
+    """What gcloud was asked, in short."""
+    short = []
+    for call in fakes.calls("gcloud"):
+        line = next((a.removeprefix("--command=") for a in call["argv"] if a.startswith("--command=")), "")
+        words = [w for w in ("setup-ran", "start", "follow", "launch.finished", "stop") if f"{w}" in line.split()]
+        short.append(" ".join([call["argv"][3], *words[:1]]))
+    return short
+
+
+READY = json.dumps({"state": "READY", "networkEndpoints": [{"ipAddress": "10.0.0.1"}, {"ipAddress": "10.0.0.2"}]})
+
+
+def tpu(*more):
+    options = ["--pause=0", "--grace=2", "--create=--spot", "--setup=echo setup-ran", *more]
+    command = [".venv/bin/python", *TRAIN[1:]]
+    return ("tpu_vm", *STARTERS["tpu_vm"], *options, "--", *command)
+
+
+@pytest.fixture
+def cloud(tmp_path):
+    return Fakes(tmp_path, python=PYTHON, python3=INSTALLER, pip="", gcloud=GCLOUD)
+
+
+def test_a_tpu_vm_is_made_filled_and_made_anew_after_a_preemption(cloud):
+    """The slice vanishes while it trains; the second one gets the same flags, and finishes."""
+    preempted = json.dumps({"state": "PREEMPTED"})
+    cloud.answers("describe", (1, ""), (0, READY), (0, preempted), (0, READY))
+    cloud.answers("delete", (0, ""))
+    cloud.answers("follow", (255, ""), (0, ""))
+    done = cloud.start(*tpu())
+    assert done.returncode == 0, done.stderr
+    made = ["create", "scp", "ssh setup-ran", "describe", "ssh start", "ssh follow"]
+    assert verbs(cloud) == ["describe", *made, "describe", "delete", *made, "ssh launch.finished"]
+    assert "demo is PREEMPTED; it is made anew" in done.stderr
+    create = next(c["argv"] for c in cloud.calls("gcloud") if c["argv"][3] == "create")
+    assert create[4:] == ["demo", "--zone=us-x1", "--accelerator-type=v5p-16", "--version=v2", "--spot"]
+    wait_for(lambda: len(train_calls(cloud)) == 2)
+    for call in train_calls(cloud):
+        assert call["argv"] == TRAIN[1:]
+        assert call["cwd"] == str(cloud.folder / "machine" / "tmljax")
+        assert call["told"] == {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:8476", "JAX_NUM_PROCESSES": "2"}
+    assert (cloud.folder / "machine" / "tmljax" / "launch" / "train.py").exists()
+    assert not (cloud.folder / "machine" / "tmljax" / ".git").exists()
+
+
+def test_a_tpu_vm_that_trains_already_is_followed_and_its_failure_stops_the_others(cloud):
+    """Nothing of the far side is faked but the training: it says something, fails once, and then is at its end."""
+    machine = cloud.folder / "machine" / "tmljax"
+    shutil.copytree(ROOT / "launch", machine / "launch")
+    (machine / ".venv" / "bin").mkdir(parents=True)
+    (machine / ".venv" / ".installed").touch()
+    (machine / ".venv" / "bin" / "python").symlink_to(cloud.folder / "bin" / "python")
+    cloud.answers("describe", (0, READY))
+    cloud.answers("launch.train", (9, "boom\n"), (0, "trained\n"))
+    done = cloud.start(*tpu())
+    assert done.returncode == 0, done.stderr
+    look = ["describe", "ssh", "describe", "ssh start", "ssh follow"]
+    assert verbs(cloud) == [*look, "ssh stop", *look, "ssh launch.finished"]
+    assert "failed with exit code 9" in done.stderr
+    assert (machine / "train.log").read_text() == "boom\ntrained\n"
+    assert len(train_calls(cloud)) == 2
+
+
+def test_a_tpu_vm_whose_installation_failed_is_installed_again(cloud):
+    cloud.answers("describe", (0, READY))
+    pip = cloud.folder / "bin" / "pip"
+    pip.write_text(pip.read_text() + "\nimport sys\nsys.exit(0 if answer('pip', (0, ''))[0] == 0 else 1)\n")
+    cloud.answers("pip", (1, ""), (0, ""))
+    done = cloud.start(*tpu())
+    assert done.returncode == 0, done.stderr
+    fill = ["describe", "ssh", "scp", "ssh setup-ran"]
+    assert verbs(cloud) == [*fill, *fill, "describe", "ssh start", "ssh follow", "ssh launch.finished"]
+
+
+def test_start_on_a_worker_is_once_and_stop_is_sigterm(cloud):
+    machine = cloud.folder / "machine"
+    shutil.copytree(ROOT / "launch", machine / "launch")
+    (cloud.folder / "train.waits").touch()
+
+    def on_worker(*words):
+        return subprocess.run(["bash", "launch/tpu_vm.sh", *words], cwd=machine, env=cloud.environment, check=False)
+
+    for _ in range(2):
+        assert on_worker("start", *TRAIN).returncode == 0
+        wait_for(lambda: (cloud.folder / "train.started").exists())
+    assert len(train_calls(cloud)) == 1
+    assert on_worker("stop", "20").returncode == 0
+    assert (cloud.folder / "train.stopped").exists()
+    assert on_worker("follow").returncode == 0
+
+
+def gke(*more):
+    resources = ["--resource=google.com/tpu:4", "--resource=memory:400Gi"]
+    where = ["--node=cloud.google.com/gke-tpu-topology=2x2x2", "--claim=shared:/mnt/shared"]
+    return ("gke", *STARTERS["gke"], *resources, *where, *more, "--", *TRAIN)
+
+
+KEEP = "open(here + '/manifest', 'w').write(sys.stdin.read())\n" + ANSWER
+
+
+def test_the_manifest_keeps_to_the_schema_and_is_what_kubectl_gets(tmp_path):
+    fakes = Fakes(tmp_path, kubectl=KEEP)
+    done = fakes.start(*gke("--slices=3", "--namespace=ml"))
+    assert done.returncode == 0, done.stderr
+    (call,) = fakes.calls("kubectl")
+    assert call["argv"] == ["--namespace=ml", "create", "--filename=-"]
+    dry = fakes.start(*gke("--slices=3", "--namespace=ml", "--dry-run"))
+    found = yaml.safe_load((tmp_path / "manifest").read_text())
+    assert yaml.safe_load(dry.stdout) == found
+    schema = json.loads((Path(__file__).with_name("jobset.schema.json")).read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.validate(found, schema)
+    (job,) = found["spec"]["replicatedJobs"]
+    assert (job["replicas"], job["template"]["spec"]["completions"]) == (3, 2)
+    (container,) = job["template"]["spec"]["template"]["spec"]["containers"]
+    told = {item["name"]: item.get("value") for item in container["env"]}
+    assert told["JAX_NUM_PROCESSES"] == "6"
+    assert told["JAX_COORDINATOR_ADDRESS"] == "demo-host-0-0.demo:8476"
+    assert [word.replace("$$", "$") for word in container["command"]] == ["bash", "launch/pod.sh", "2", *TRAIN]
+    assert not any("$" in word.replace("$$", "") for word in container["command"])  # Kubernetes expands what is single
+
+
+def test_the_schema_sees_what_is_wrong(tmp_path):
+    found = yaml.safe_load(Fakes(tmp_path).start(*gke("--dry-run")).stdout)
+    schema = json.loads((Path(__file__).with_name("jobset.schema.json")).read_text())
+    found["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["restartPolicy"] = "OnFailure"
+    with pytest.raises(jsonschema.ValidationError, match="Never"):
+        jsonschema.validate(found, schema)
+
+
+@pytest.mark.parametrize(
+    ("flag", "complaint"),
+    [
+        ("--name=Demo", "--name=Demo"),
+        ("--resource=tpu", "NAME:AMOUNT"),
+        ("--node=x", "NAME=VALUE"),
+        ("--hosts=0", "hosts"),
+    ],
+)
+def test_gke_refuses_what_kubernetes_would(tmp_path, flag, complaint):
+    refuses(Fakes(tmp_path).start(*gke(flag, "--dry-run")), complaint)
+
+
+@pytest.mark.parametrize(("train", "finished", "expected"), [(0, 0, 0), (0, 75, 75), (7, 0, 7), (2, 0, 2)])
+def test_a_pod_knows_its_number_and_leaves_with_75_when_there_is_more_to_do(fakes, train, finished, expected):
+    fakes.answers("launch.train", (train, ""))
+    fakes.answers("launch.finished", (finished, ""))
+    fakes.environment |= {"JOB_INDEX": "2", "JOB_COMPLETION_INDEX": "3"}
+    assert fakes.run("bash", "launch/pod.sh", "4", *TRAIN).returncode == expected
+    call = fakes.calls("python")[0]
+    assert (call["argv"], call["told"]) == (TRAIN[1:], {"JAX_PROCESS_ID": "11"})
+
+
+def test_a_pod_that_is_evicted_stops_the_training_and_waits_until_it_has_saved(fakes):
+    (fakes.folder / "train.waits").touch()
+    fakes.answers("launch.finished", (75, ""))
+    environment = fakes.environment | {"JOB_INDEX": "0", "JOB_COMPLETION_INDEX": "0"}
+    pod = subprocess.Popen(["bash", "launch/pod.sh", "1", *TRAIN], cwd=ROOT, env=environment)
+    wait_for(lambda: (fakes.folder / "train.started").exists())
+    pod.terminate()
+    assert pod.wait(timeout=30) == 75
+    assert (fakes.folder / "train.stopped").exists()
+
+
+@pytest.mark.parametrize(("wanted", "code"), [(5, 0), (6, 75)])
+def test_finished_looks_for_the_last_step_that_can_be_read(tmp_path, wanted, code):
+    (tmp_path / "checkpoints" / "5").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "6.damaged").mkdir()
+    flags = ["--config=configs/smoke.py", f"--workdir={tmp_path}", f"--config.train.steps={wanted}"]
+    done = Fakes(tmp_path).start("finished", *flags)
+    assert done.returncode == code, done.stderr
+    assert f"step 5 of {wanted}" in done.stdout

@@ -1,0 +1,82 @@
+"""Attention in blocks against attention at once, forward and backward."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tmljax.ops.attention import attend, attend_in_blocks, query_blocks, see
+from tmljax.ops.project import FEW, project
+
+B, H, K, h = 2, 4, 2, 8
+
+
+def dense(q, k, v, visible, sink):
+    """Query by query, key by key, in float64."""
+    q, k, v, sink = (np.asarray(x, np.float64) for x in (q, k, v, sink))
+    out = np.zeros(q.shape)
+    for b, p, head in np.ndindex(q.shape[:3]):
+        keys = np.flatnonzero(visible[b, p])
+        weight = np.exp(k[b, keys, head // (H // K)] @ q[b, p, head] / np.sqrt(h))
+        out[b, p, head] = weight @ v[b, keys, head // (H // K)] / (weight.sum() + np.exp(sink[head]))
+    return out
+
+
+def example(slots_of_turns: list[int], window: int):
+    """Turns with a different number of slots each, as an example with video has."""
+    turn_P = np.repeat(np.arange(len(slots_of_turns)), slots_of_turns)
+    slot_P = np.concatenate([np.arange(n) for n in slots_of_turns])
+    keys = jax.random.split(jax.random.key(0), 5)
+    P = len(turn_P)
+    q, k, v = (jax.random.normal(x, (B, P, n, h)) for x, n in zip(keys, (H, K, K)))
+    present_BP = jax.random.bernoulli(keys[3], 0.7, (B, P))
+    time_BP = jnp.asarray(turn_P)[None] + jnp.array([[0], [7]])
+    return q, k, v, jax.random.normal(keys[4], (H,)), turn_P, slot_P, time_BP, present_BP
+
+
+@pytest.mark.parametrize("window", [2, 5, 50])
+@pytest.mark.parametrize("block", [1, 3, 50])
+def test_blocks_equal_the_whole(window, block):
+    q, k, v, sink, turn_P, slot_P, time_BP, present_BP = example([4, 2, 2] * 3, window)
+    blocks = query_blocks(turn_P, block, window)
+    masks = [see(time_BP[:, a], slot_P[a], time_BP[:, b], slot_P[b], present_BP[:, b], window) for a, b in blocks]
+    whole = see(time_BP, slot_P, time_BP, slot_P, present_BP, window)
+    mix = jax.random.normal(jax.random.key(9), q.shape)
+
+    def in_blocks(q, k, v, sink):
+        return jnp.sum(mix * attend_in_blocks(q, k, v, blocks, masks, sink))
+
+    def at_once(q, k, v, sink):
+        return jnp.sum(mix * attend(q, k, v, whole, sink))
+
+    np.testing.assert_allclose(
+        attend_in_blocks(q, k, v, blocks, masks, sink), dense(q, k, v, np.asarray(whole), sink), rtol=1e-4, atol=1e-5
+    )
+    grads = [jax.grad(f, argnums=(0, 1, 2, 3))(q, k, v, sink) for f in (in_blocks, at_once)]
+    for a, b in zip(*grads):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_query_sees():
+    """Against the words of the contract, position by position."""
+    _, _, _, _, turn_P, slot_P, time_BP, present_BP = example([3, 2, 2, 3], 2)
+    visible = np.asarray(see(time_BP, slot_P, time_BP, slot_P, present_BP, 2))
+    for b, p, q in np.ndindex(visible.shape):
+        earlier = (turn_P[q], slot_P[q]) < (turn_P[p], slot_P[p])
+        near = turn_P[p] - turn_P[q] < 2
+        assert visible[b, p, q] == (p == q or bool(earlier and near and present_BP[b, q]))
+
+
+@pytest.mark.parametrize("rows", [FEW, FEW + 1])
+def test_products_of_one_input(rows):
+    x, a, b = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(rows, 8), (8, 6), (8, 6)]))
+
+    def loss(x, a, b):
+        y, z = project(x, a, b)
+        return jnp.sum(jnp.sin(y) * jnp.cos(2 * z))
+
+    def plain(x, a, b):
+        return jnp.sum(jnp.sin(jnp.dot(x, a)) * jnp.cos(2 * jnp.dot(x, b)))
+
+    for found, wanted in zip(jax.grad(loss, (0, 1, 2))(x, a, b), jax.grad(plain, (0, 1, 2))(x, a, b)):
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
