@@ -38,6 +38,7 @@ FOLDER = "checkpoints"
 KNOWN = 50  # newest checkpoints that are looked at
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
+BEST = "best"
 # What a resumed run may change: how long, how often and where, but nothing that changes the numbers on the way.
 FREE = ("train.steps", "train.log_every", "train.save_every", "train.keep", "train.eval_every", "train.eval_batches")
 FREE_GROUPS = ("mesh.", "sampling.", "data.root", "data.workers")
@@ -233,6 +234,20 @@ def best_step(workdir: str | Path) -> int | None:
         except (OSError, ValueError, LookupError):
             continue
     return min(losses, key=losses.__getitem__) if losses else None
+
+
+def choose_step(workdir: str | Path, wanted: str | None) -> int:
+    """The newest complete step for None; BEST for the one of lowest held-out loss; else the step itself."""
+    if wanted is None:
+        return latest_complete(workdir)
+    if wanted == BEST:
+        step = best_step(workdir)
+        if step is None:
+            raise UserError(f"--step={BEST}: no checkpoint of {workdir} has a held-out loss")
+        return step
+    if not str(wanted).isdigit():
+        raise UserError(f"--step={wanted} is neither a number nor {BEST}")
+    return int(wanted)
 
 
 def load_for_serving(workdir: str | Path, step: int | None = None) -> tuple[Experiment, Tokenizer, Any]:

@@ -189,6 +189,7 @@ def _highest() -> Callable[[int], jax.Array]:
 
     def post(number: int) -> jax.Array:
         mine = np.full(jax.local_device_count(), number, np.int32)
-        return highest(jax.make_array_from_process_local_data(one_each, mine))
+        with jax.transfer_guard("allow"):
+            return highest(jax.make_array_from_process_local_data(one_each, mine))
 
     return post
