@@ -34,13 +34,14 @@ from tmljax.train.speed import step_flops
 def define_flags() -> None:
     verb.define_config()
     flags.DEFINE_string("workdir", None, "where checkpoints and metrics go; made if absent", required=True)
+    flags.DEFINE_integer("profile", 0, "steps to trace into WORKDIR/profile, for XProf and TensorBoard", lower_bound=0)
 
 
 def main(argv: Sequence[str]) -> int:
     if len(argv) > 1:
         raise UserError(f"{argv[1]!r} is not a flag; see --help")
     workdir = flags.FLAGS.workdir
-    outcome = train_workdir(verb.experiment(), workdir, began=BEGAN)
+    outcome = train_workdir(verb.experiment(), workdir, began=BEGAN, profile=flags.FLAGS.profile)
     if outcome.signal is None:
         said = f"trained to step {outcome.step}; evaluate it with: python -m launch.evaluate --workdir={workdir}"
     else:
@@ -52,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def train_workdir(
-    experiment: Experiment, workdir: str, out: TextIO | None = None, began: float | None = None
+    experiment: Experiment, workdir: str, out: TextIO | None = None, began: float | None = None, profile: int = 0
 ) -> Outcome:
     """The verb, for an experiment at hand; progress goes to `out`, standard error by default.
 
@@ -79,6 +80,7 @@ def train_workdir(
             mesh,
             flops=step_flops(experiment, model),
             began=began,
+            profile=profile,
             out=out,
         )
 
