@@ -20,6 +20,7 @@ import pytest
 import yaml
 
 from tests.launch.fakes import ANSWER, GCLOUD, INSTALLER, PYTHON, ROOT, SSH, Fakes
+from tmljax import checkpoint
 
 FLAGS = ["--config=configs/smoke.py", "--workdir=/shared/my runs/it's $HOME", "--config.data.name=a b"]
 TRAIN = ["python", "-m", "launch.train", *FLAGS]
@@ -388,7 +389,17 @@ def test_a_pod_that_is_evicted_stops_the_training_and_waits_until_it_has_saved(f
 def test_finished_looks_for_the_last_step_that_can_be_read(tmp_path, wanted, code):
     (tmp_path / "checkpoints" / "5").mkdir(parents=True)
     (tmp_path / "checkpoints" / "6.damaged").mkdir()
-    flags = ["--config=configs/smoke.py", f"--workdir={tmp_path}", f"--config.train.steps={wanted}"]
-    done = Fakes(tmp_path).start("finished", *flags)
+    flags = ["--config", "configs/smoke.py", f"--workdir={tmp_path}", f"--config.train.steps={wanted}"]
+    done = Fakes(tmp_path).start("finished", *flags, "--another_flag_of_train=5")
     assert done.returncode == code, done.stderr
     assert f"step 5 of {wanted}" in done.stdout
+
+
+def test_finished_agrees_with_the_checkpoints_of_a_training(tmp_path):
+    """It reads the folder by itself, so that it need not load what reads checkpoints."""
+    (tmp_path / checkpoint.FOLDER / "12").mkdir(parents=True)
+    (tmp_path / checkpoint.FOLDER / "13.orbax-checkpoint-tmp-0").mkdir()
+    fakes = Fakes(tmp_path)
+    done = fakes.start("finished", "--config=configs/smoke.py", f"--workdir={tmp_path}")
+    assert f"step {checkpoint.steps(tmp_path)[-1]} of" in done.stdout
+    refuses(fakes.start("finished", "--config=configs/smok.py", "--workdir=x"), "smoke.py?")
