@@ -37,6 +37,8 @@ from tmljax.config import UserError
 HUNG = 124  # exit code, as of timeout(1)
 LOOK = 0.2  # seconds between looks at what does not announce itself
 QUIET = 5.0  # seconds between two states of a progress bar that are passed on
+GLOO = re.compile(r"\[Gloo\] Rank|number of connected peer ranks is : \d+\s*$")  # what it says when all is well
+HOLD = 0.2  # seconds that output waits, to be dropped if it only is the echo of another host's failure
 DRAIN = 10.0  # seconds that the last output of ended hosts may take
 GUARD = ("sh", "-c", "read _; kill -KILL 0")  # ends its process group when the pipe that it reads is closed
 
@@ -132,11 +134,11 @@ class Host:
         self.index, self.process = index, process
         self.began = self.heard = time.time()
         self.sign: pulse.Sign | None = None
+        self.muted = False
         self._signs = os.fdopen(signs, "rb")
         streams = ((process.stdout, sys.stdout), (process.stderr, sys.stderr))
         self._threads = [
-            threading.Thread(target=pass_on, args=(f"host {index} | ", source, out), daemon=True)
-            for source, out in streams
+            threading.Thread(target=self._pass_on, args=(source, out), daemon=True) for source, out in streams
         ]
         for thread in (*self._threads, threading.Thread(target=self._listen, daemon=True)):
             thread.start()
@@ -146,6 +148,20 @@ class Host:
             for line in self._signs:
                 with contextlib.suppress(ValueError, TypeError):  # cut short by its end
                     self.sign, self.heard = pulse.Sign.from_line(line), time.time()
+
+    def _pass_on(self, source: IO[bytes], out: IO[str]) -> None:
+        """Line by line, so that lines of two hosts do not mix; of a progress bar a state now and then."""
+        last = 0.0
+        for line in pieces(source):
+            if self.muted or GLOO.search(line) or not line.strip():
+                continue
+            if line.endswith("\r"):
+                if time.monotonic() - last < QUIET:
+                    continue
+                last = time.monotonic()
+            text = line.strip("\r\n")
+            out.write(f"host {self.index} | {text}\n")
+            out.flush()
 
     def finish_output(self) -> None:
         for thread in self._threads:
@@ -228,7 +244,13 @@ class Job:
             if number is not None and host.process.poll() is None:
                 host.process.send_signal(number)
 
+    def _blame(self, host: Host) -> None:
+        """What the others say from now on is only the echo."""
+        for other in self._hosts:
+            other.muted = other is not host
+
     def _failure(self, host: Host) -> Failure:
+        self._blame(host)
         code = host.process.returncode
         if code > 0:
             how, code = f"ended with exit code {code}", code
@@ -249,12 +271,14 @@ class Job:
         now, most, running = time.time(), self._options.hang_seconds, self._running()
         for host in running:
             if now - host.heard > most:
+                self._blame(host)
                 place = f" at {host.sign.place}" if host.sign is not None else ""
                 silent = f"has given no sign of life since {at(host.heard)}, for {now - host.heard:.0f} s"
                 return Failure(HUNG, f"host {host.index} hangs{place}: it {silent}")
         signs = [(host.sign, host) for host in running if host.sign is not None]
         if len(signs) == len(running) and all(s.hurried and now - s.since > most for s, _ in signs) and signs:
             sign, host = min(signs, key=lambda pair: pair[0].order)
+            self._blame(host)
             return Failure(HUNG, f"host {host.index} hangs: it has been at {sign.place} since {at(sign.since)}")
         return None
 
@@ -279,24 +303,11 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def pass_on(prefix: str, source: IO[bytes], out: IO[str]) -> None:
-    """Line by line, so that lines of two hosts do not mix; of a progress bar a state now and then."""
-    last = 0.0
-    for line in pieces(source):
-        if line.endswith("\r"):
-            if time.monotonic() - last < QUIET:
-                continue
-            last = time.monotonic()
-        text = line.strip("\r\n")
-        if text.strip() and not text.startswith("[Gloo] "):  # what gloo says when all is well
-            out.write(f"{prefix}{text}\n")
-            out.flush()
-
-
 def pieces(source: IO[bytes]) -> Iterator[str]:
     """What ends in a line feed or a carriage return; the rest at the end."""
     rest = b""
     while read := os.read(source.fileno(), 1 << 16):
+        time.sleep(HOLD)
         *whole, rest = re.split(rb"(?<=[\r\n])", rest + read)
         yield from (part.decode(errors="replace") for part in whole)
     if rest:

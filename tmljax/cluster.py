@@ -41,6 +41,7 @@ def initialize() -> None:
         )
     elif int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 or "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
         jax.distributed.initialize()
+    wait_for_all("here")  # before one of them does something else for long, see `compile_together`
 
 
 def process_index() -> int:
@@ -73,6 +74,7 @@ def tell_all(text: str) -> list[str]:
 
 def part() -> None:
     """Leaves the others when all have come to this place."""
+    pulse.at("leaving")
     if jax.distributed.is_initialized():
         jax.distributed.shutdown()
 
@@ -96,6 +98,16 @@ def leaving() -> Iterator[None]:
         sys.stderr.flush()
         os._exit(code if isinstance(code, int) else 1)
     sys.exit(code)
+
+
+def compile_together(function: Any, *arguments: Any) -> None:
+    """Compiles a jitted function in all processes before one of them runs it.
+
+    At a collective of devices that have not met before, gloo waits half a minute for the others and no longer.
+    """
+    if process_count() > 1:
+        function.lower(*arguments).compile()
+        wait_for_all("compiled")
 
 
 def cache_folder() -> str:

@@ -49,6 +49,7 @@ class Run:
     watch: Stopwatch
     ledger: Ledger
     profile: Profile
+    evaluated: bool = False  # in this process
 
     @contextlib.contextmanager
     def aside(self, cause: str) -> Iterator[None]:
@@ -91,8 +92,9 @@ def train(
             create_state(definition, program.optimizer, mesh, experiment.train.seed) if restored is None else restored
         )
         step = int(jax.device_get(state.step))
-        ledger.go_on_from(step)
         lead = cluster.is_lead()
+        if lead:
+            ledger.go_on_from(step)
         with contextlib.ExitStack() as open_things:
             run = Run(
                 experiment,
@@ -131,12 +133,14 @@ def run_steps(run: Run, state: State, step: int, feed: Feed, stop: cluster.StopN
     pulse.at("compiling")
     while step < config.steps and not stop.wanted:
         try:
-            fed = next_batch(run, feed, step + 1, unread)
+            fed = next_batch(run, feed, step + 1, unread, compiled=step > first)
         except Exception:
             if stop.wanted:  # Ctrl-C reaches the data workers too
                 break
             raise
         run.profile.before(step + 1, unread)
+        if step == first:
+            cluster.compile_together(run.program.step, state, fed.batch)
         state, metrics = run.program.step(state, fed.batch)
         step += 1
         run.profile.after(step, metrics)
@@ -171,12 +175,12 @@ def run_steps(run: Run, state: State, step: int, feed: Feed, stop: cluster.StopN
     return step
 
 
-def next_batch(run: Run, feed: Feed, step: int, unread: tuple[int, Metrics] | None) -> Fed:
+def next_batch(run: Run, feed: Feed, step: int, unread: tuple[int, Metrics] | None, compiled: bool) -> Fed:
     """The batch of this step; the devices may still be at work on the step before."""
-    if unread is not None:
+    if compiled:
         pulse.at(f"the data of step {step}", 2 * step, hurried=True)
     fed = feed.next(lambda: unread is not None and not unread[1]["skipped"].is_ready())
-    if unread is not None:
+    if compiled:
         pulse.at(f"step {step}", 2 * step + 1, hurried=True)
     run.watch.count(fed.waited)
     run.ledger.claim("data", fed.waited)
@@ -200,6 +204,9 @@ def report(run: Run, step: int, metrics: Metrics, held_out: dict[str, float] | N
 
 def evaluate(run: Run, state: State) -> dict[str, float]:
     """Means over the held-out batches, named val/..."""
+    if not run.evaluated and run.validation:
+        cluster.compile_together(run.program.evaluate, state.params, run.validation[0])
+        run.evaluated = True
     rows = [jax.device_get(run.program.evaluate(state.params, batch)) for batch in run.validation]
     return {f"val/{name}": float(np.mean([row[name] for row in rows])) for name in (rows[0] if rows else ())}
 
