@@ -235,7 +235,7 @@ def describe(engine: Engine, microturns: int, seconds: float) -> dict[str, str]:
     return {
         "parameters": f"{parameters / 1e6:.1f} M",
         "trunk": f"{experiment.model.layers} layers × {experiment.model.d_model}",
-        "experts": f"{moe.experts} routed, top {moe.top_k}, 1 shared",
+        "experts": f"{moe.experts} routed, top {moe.top_k}" + (", 1 shared" if moe.shared_width else ""),
         "slots in a micro-turn": f"{engine.layout.slots}",
         "looks back": f"{experiment.model.window * MICROTURN_SECONDS:.0f} s",
         "trained on": f"{experiment.data.train_hours:g} h of synthetic conversation"

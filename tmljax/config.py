@@ -267,6 +267,8 @@ LIMITS: dict[str, tuple[float | None, float | None]] = {
     "data.workers": (0, None),
     "optimizer.learning_rate": (0, None),
     "optimizer.warmup": (0, None),
+    "optimizer.b1": (0, 0.9999999),
+    "optimizer.b2": (0, 0.9999999),
     "optimizer.decay": (0, 1),
     "optimizer.weight_decay": (0, None),
     "optimizer.clip": (1e-9, None),

@@ -18,9 +18,18 @@ SLACK = 0.4  # seconds that a reply may end before its time, by grid and pace
 
 
 def stopped(item: Item, truth: Truth) -> bool | None:
-    """The speech that the interruption met ended before it was over, or PATIENCE after."""
+    """The speech that the interruption met ended before it was over, or PATIENCE after.
+
+    Not applicable where it would have ended by then anyway, as the clean run did, and was not cut short.
+    """
     lasted = reaction(item, truth["at"])
-    return None if lasted is None else truth["at"] + lasted <= truth["end"] + PATIENCE + intervals.EPSILON
+    if lasted is None:
+        return None
+    end, latest = truth["at"] + lasted, truth["end"] + PATIENCE + intervals.EPSILON
+    own = intervals.at(item.clean_segments or [], truth["at"])
+    if own and own[1] <= latest and end > own[1] - SLACK:
+        return None
+    return end <= latest
 
 
 def takes_new_turn(item: Item, truth: Truth) -> bool | None:
