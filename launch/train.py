@@ -20,6 +20,7 @@ from typing import TextIO
 from absl import flags
 
 from data_pipelines import builder, loader
+from data_pipelines.manifest import parse_manifests
 from launch import BEGAN, verb
 from tmljax import checkpoint, cluster, files, pulse
 from tmljax.config import Experiment, UserError
@@ -63,11 +64,12 @@ def train_workdir(
     cluster.keep_memory()
     cluster.initialize()
     cluster.enable_compile_cache()
-    checkpoint.keep_config(workdir, experiment)
-    tokenizer = prepare_data(experiment, workdir)
     mesh = make_mesh(experiment.mesh)
     check(experiment, mesh)
     rows = process_rows(mesh, experiment.data.batch)
+    parse_manifests(experiment.data.recordings)
+    checkpoint.keep_config(workdir, experiment)  # what cannot be done has been refused, and leaves no trace
+    tokenizer = prepare_data(experiment, workdir)
     model = Definition(experiment.stream, experiment.model)
     with contextlib.closing(loader.train_loader(experiment, tokenizer, rows=rows)) as batches:
         return train(

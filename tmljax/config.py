@@ -316,6 +316,10 @@ def validate(experiment: Experiment) -> None:
         f"config.model.moe.top_k={model.moe.top_k} must lie between 1 and config.model.moe.experts={model.moe.experts}",
     )
     _require(
+        experiment.sampling.top_k <= stream.vocab_size,
+        f"config.sampling.top_k={experiment.sampling.top_k} is more than config.stream.vocab_size={stream.vocab_size}",
+    )
+    _require(
         data.window % stream.video_every == 0,
         f"config.data.window={data.window} must be a multiple of config.stream.video_every={stream.video_every}",
     )

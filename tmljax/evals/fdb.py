@@ -43,7 +43,8 @@ class Writer:
         """Clears what an earlier evaluation left. Raises UserError for a folder that is somebody else's."""
         note = root / "README.txt"
         if root.exists():
-            if any(root.iterdir()) and not (note.exists() and note.read_text(encoding="utf-8") == README):
+            mark = README.splitlines()[0]
+            if any(root.iterdir()) and not (note.exists() and note.read_text(encoding="utf-8").startswith(mark)):
                 raise UserError(f"{root} holds files that launch.evaluate did not write; move them away")
             shutil.rmtree(root)
         root.mkdir(parents=True)

@@ -13,23 +13,14 @@ from tmljax.evals.item import MODEL_GAP, Item, Measurement, Truth, gather
 from tmljax.evals.take_over import takes_over
 from tmljax.evals.timing import reaction
 
-PATIENCE = 0.4  # seconds: two micro-turns; later than this after the interruption it was talked through
+HEED = 1.0  # seconds after the onset; an interrupted reply has at least as much left, so that its own end is later
 SLACK = 0.4  # seconds that a reply may end before its time, by grid and pace
 
 
 def stopped(item: Item, truth: Truth) -> bool | None:
-    """The speech that the interruption met ended before it was over, or PATIENCE after.
-
-    Not applicable where it would have ended by then anyway, as the clean run did, and was not cut short.
-    """
+    """The speech that the interruption met ended within HEED of its onset."""
     lasted = reaction(item, truth["at"])
-    if lasted is None:
-        return None
-    end, latest = truth["at"] + lasted, truth["end"] + PATIENCE + intervals.EPSILON
-    own = intervals.at(item.clean_segments or [], truth["at"])
-    if own and own[1] <= latest and end > own[1] - SLACK:
-        return None
-    return end <= latest
+    return None if lasted is None else lasted <= HEED + intervals.EPSILON
 
 
 def takes_new_turn(item: Item, truth: Truth) -> bool | None:

@@ -24,12 +24,11 @@ from tmljax.model.heads import FlowHead, TextHead
 from tmljax.model.params import dense
 from tmljax.model.trunk import Trunk
 from tmljax.sharding import spread
+from tmljax.stream.dmel import BIN_WIDTH, LOG_LOW
 from tmljax.stream.microturn import ABSENT, BINS, Layout
 
 Params = dict[str, Any]
 Batch = dict[str, jax.Array]
-
-LOWEST, STEP = -7.0, 0.6  # the dMel grid, facts §8.1
 
 
 class Outputs(NamedTuple):
@@ -133,7 +132,7 @@ class InteractionModel(nnx.Module):
 
 def quantise(mel: jax.Array) -> jax.Array:
     """dMel bins of a log10 mel, as tmljax/stream/dmel.py has them."""
-    return jnp.clip(jnp.round((mel.astype(jnp.float32) - LOWEST) / STEP), 0, BINS - 1).astype(jnp.uint8)
+    return jnp.clip(jnp.round((mel.astype(jnp.float32) - LOG_LOW) / BIN_WIDTH), 0, BINS - 1).astype(jnp.uint8)
 
 
 @dataclass(frozen=True)
