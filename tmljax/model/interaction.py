@@ -122,7 +122,7 @@ class InteractionModel(nnx.Module):
         place_P2 = self.layout.positions(turns)
         turn_P, slot_P = place_P2.T
         counts_BP = (present_BP | (slot_P == self.layout.inputs - 1)[None]) & batch["valid"][:, turn_P]
-        z_BPD, moe = self.trunk(x_BPD, batch["start"], place_P2, present_BP, counts_BP, mesh)
+        z_BPD, moe = self.trunk(x_BPD, batch["start"], place_P2, present_BP, mesh, counts_BP)
         z_BTRD = self._drop_frames(z_BPD, turns)
         first, texts = self.layout.inputs - self.layout.user_video, self.layout.model_text
         text_BTSV = self.text_head(z_BTRD[:, :, first - 1 : first + texts - 1])
