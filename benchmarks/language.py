@@ -39,7 +39,8 @@ class LanguageModel(nnx.Module):
         B, P = token_BP.shape
         place_P2 = np.stack(np.divmod(np.arange(P, dtype=np.int32), SLOTS), axis=1)
         x_BPD = self.tokens[...][token_BP].astype(self.model.dtype)
-        z_BPD, moe = self.trunk(x_BPD, jnp.zeros(B, jnp.int32), place_P2, jnp.ones((B, P), bool), mesh)
+        every_BP = jnp.ones((B, P), bool)
+        z_BPD, moe = self.trunk(x_BPD, jnp.zeros(B, jnp.int32), place_P2, every_BP, every_BP, mesh)
         return self.text_head(z_BPD), moe
 
 

@@ -2,7 +2,7 @@
 
 Every source is shuffled anew each epoch and repeated for ever; the sources are mixed by weight into one
 endless stream of examples, which depends on nothing but the data and the seed. Global batch n is the
-examples [n B, (n+1) B) of that stream, and process p of k holds rows [p B/k, (p+1) B/k) of it. So the
+examples [n B, (n+1) B) of that stream, and a process reads those of its rows that its devices hold. So the
 rows of all processes, put together, are the batch of a single process; and the position in the stream is
 all the state there is: a checkpoint resumes on any number of processes, workers or rows a batch.
 
@@ -79,22 +79,20 @@ def draw_start(micro_turns: int, window: int, every: int, rng: np.random.Generat
 
 
 class ProcessRows(grain.MapDataset):
-    """Of an endless stream of examples, from number `first` on, the rows of one process of each batch."""
+    """Of an endless stream of examples, from number `first` on, some rows of each batch."""
 
-    def __init__(self, stream: grain.MapDataset, first: int, batch: int, process_index: int, process_count: int):
+    def __init__(self, stream: grain.MapDataset, first: int, batch: int, rows: Sequence[int]):
         super().__init__(stream)
-        self._first, self._batch = first, batch
-        self._rows = batch // process_count
-        self._offset = process_index * self._rows
+        self._first, self._batch, self._rows = first, batch, rows
 
     def __len__(self) -> int:
-        return (ENDLESS - self._first) // self._batch * self._rows
+        return (ENDLESS - self._first) // self._batch * len(self._rows)
 
     def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice):
             return self.slice(index)
-        batch, row = divmod(index, self._rows)
-        return self._parent[self._first + batch * self._batch + self._offset + row]
+        batch, row = divmod(index, len(self._rows))
+        return self._parent[self._first + batch * self._batch + self._rows[row]]
 
 
 def stack(examples: Sequence[Streams]) -> Streams:
@@ -125,14 +123,11 @@ class Loader(Iterator[Streams]):
         batch: int,
         identity: dict[str, Any],
         *,
-        process_index: int = 0,
-        process_count: int = 1,
+        rows: Sequence[int] | None = None,
         workers: int = 0,
     ):
-        if batch % process_count:
-            raise UserError(f"config.data.batch={batch} does not divide over {process_count} processes")
         self._stream, self._batch, self._identity = stream, batch, identity
-        self._process = (process_index, process_count)
+        self._rows = tuple(range(batch)) if rows is None else tuple(map(int, rows))
         self._workers = workers
         self._examples = 0
         self._iterator: grain.DatasetIterator | None = None
@@ -145,9 +140,8 @@ class Loader(Iterator[Streams]):
         return batch
 
     def _open(self) -> grain.DatasetIterator:
-        index, count = self._process
-        rows = ProcessRows(self._stream, self._examples, self._batch, index, count)
-        batches = rows.batch(self._batch // count, batch_fn=stack)
+        rows = ProcessRows(self._stream, self._examples, self._batch, self._rows)
+        batches = rows.batch(len(self._rows), batch_fn=stack)
         if not self._workers:
             return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=AHEAD)))
         if not flags.FLAGS.is_parsed():  # grain asks absl for its settings; outside a verb they are the defaults
@@ -198,18 +192,16 @@ def train_loader(
     experiment: Experiment,
     tokenizer: Tokenizer,
     *,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
     seed: int | None = None,
 ) -> Loader:
-    """Batches of [batch / process_count, ...] arrays for ever; `seed` is config.train.seed unless given."""
+    """These `rows` of each batch, all by default, for ever; `seed` is config.train.seed unless given."""
     return load_sources(
         open_sources(experiment, "train"),
         experiment,
         tokenizer,
         seed=experiment.train.seed if seed is None else seed,
-        process_index=process_index,
-        process_count=process_count,
+        rows=rows,
         workers=experiment.data.workers,
     )
 
@@ -220,8 +212,7 @@ def load_sources(
     tokenizer: Tokenizer,
     *,
     seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
     workers: int = 0,
 ) -> Loader:
     """As `train_loader`, from sources at hand."""
@@ -237,13 +228,11 @@ def load_sources(
         "sources": [[Path(s.name).stem, len(s.sessions), s.weight] for s in sources],
         "content": [s.content for s in sources],
     }
-    return Loader(
-        stream, data.batch, identity, process_index=process_index, process_count=process_count, workers=workers
-    )
+    return Loader(stream, data.batch, identity, rows=rows, workers=workers)
 
 
 def validation_batches(
-    experiment: Experiment, tokenizer: Tokenizer, count: int, *, process_index: int = 0, process_count: int = 1
+    experiment: Experiment, tokenizer: Tokenizer, count: int, *, rows: Sequence[int] | None = None
 ) -> list[Streams]:
     """The same `count` batches for every run of this data; they go round again where the split is smaller."""
     loader = load_sources(
@@ -251,8 +240,7 @@ def validation_batches(
         experiment,
         tokenizer,
         seed=VALIDATION_SEED,
-        process_index=process_index,
-        process_count=process_count,
+        rows=rows,
     )
     batches = [next(loader) for _ in range(count)]
     loader.close()

@@ -24,7 +24,7 @@ from launch import BEGAN, verb
 from tmljax import checkpoint, cluster, files, pulse
 from tmljax.config import Experiment, UserError
 from tmljax.model.interaction import Definition
-from tmljax.sharding import make_mesh
+from tmljax.sharding import check, make_mesh, process_rows
 from tmljax.stream.text import Tokenizer
 from tmljax.train.loop import Outcome, train
 from tmljax.train.objective import objective
@@ -34,13 +34,14 @@ from tmljax.train.speed import step_flops
 def define_flags() -> None:
     verb.define_config()
     flags.DEFINE_string("workdir", None, "where checkpoints and metrics go; made if absent", required=True)
+    flags.DEFINE_integer("profile", 0, "steps to trace into WORKDIR/profile, for XProf and TensorBoard", lower_bound=0)
 
 
 def main(argv: Sequence[str]) -> int:
     if len(argv) > 1:
         raise UserError(f"{argv[1]!r} is not a flag; see --help")
     workdir = flags.FLAGS.workdir
-    outcome = train_workdir(verb.experiment(), workdir, began=BEGAN)
+    outcome = train_workdir(verb.experiment(), workdir, began=BEGAN, profile=flags.FLAGS.profile)
     if outcome.signal is None:
         said = f"trained to step {outcome.step}; evaluate it with: python -m launch.evaluate --workdir={workdir}"
     else:
@@ -52,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def train_workdir(
-    experiment: Experiment, workdir: str, out: TextIO | None = None, began: float | None = None
+    experiment: Experiment, workdir: str, out: TextIO | None = None, began: float | None = None, profile: int = 0
 ) -> Outcome:
     """The verb, for an experiment at hand; progress goes to `out`, standard error by default.
 
@@ -65,19 +66,21 @@ def train_workdir(
     checkpoint.keep_config(workdir, experiment)
     tokenizer = prepare_data(experiment, workdir)
     mesh = make_mesh(experiment.mesh)
-    process = {"process_index": cluster.process_index(), "process_count": cluster.process_count()}
+    check(experiment, mesh)
+    rows = process_rows(mesh, experiment.data.batch)
     model = Definition(experiment.stream, experiment.model)
-    with contextlib.closing(loader.train_loader(experiment, tokenizer, **process)) as batches:
+    with contextlib.closing(loader.train_loader(experiment, tokenizer, rows=rows)) as batches:
         return train(
             experiment,
             workdir,
             model,
             objective,
             batches,
-            loader.validation_batches(experiment, tokenizer, experiment.train.eval_batches, **process),
+            loader.validation_batches(experiment, tokenizer, experiment.train.eval_batches, rows=rows),
             mesh,
             flops=step_flops(experiment, model),
             began=began,
+            profile=profile,
             out=out,
         )
 

@@ -61,7 +61,10 @@ def test_a_typo_names_the_nearest_field(fields, said):
 
 
 def test_a_name_like_no_other_lists_the_fields():
-    assert complaint(mesh__zzz=1) == "config.mesh.zzz does not exist; the fields are data, expert, fsdp, tensor"
+    assert (
+        complaint(mesh__zzz=1)
+        == "config.mesh.zzz does not exist; the fields are context, data, expert, fsdp, slices, tensor"
+    )
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,7 @@ class Moe:
     top_k: int = 2
     expert_width: int = 128
     shared_width: int = 384  # 0: no shared expert
+    exchange: Literal["padded", "ragged"] = "padded"  # between devices; ragged: TPU and GPU only
     capacity_factor: float | None = None  # room in the exchange against a balanced load; None: dropless
     matmul: Literal["blocks", "ragged"] = "blocks"  # of the experts in training
     tick_matmul: Literal["every", "gathered"] = "every"  # of the experts for the few tokens of a tick
@@ -141,6 +142,8 @@ class Mesh:
     fsdp: int = 1
     expert: int = 1
     tensor: int = 1
+    context: int = 1  # of the micro-turns of an example
+    slices: int = 1  # groups of devices along `data` that only DCN joins
 
 
 @dataclass(frozen=True)

@@ -1,82 +1,227 @@
-"""Mesh axes, and the one table from the dimensions of parameters to them."""
+"""Mesh axes, and the one table from the dimensions of parameters to them.
+
+`data` holds replicas and may cross DCN; `fsdp` splits parameters and examples, `expert` experts and examples,
+`context` the micro-turns of an example, `tensor` heads and widths. Any of them may be 1.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from functools import reduce
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from tmljax.config import Mesh, UserError
+from tmljax.config import Experiment, Mesh, UserError
 
-AXES = ("data", "fsdp", "expert", "tensor")
-BATCH_AXES = ("data", "fsdp", "expert")  # every device but a tensor neighbour works on its own examples
+AXES = ("data", "fsdp", "expert", "context", "tensor")  # the slowest network first
+BATCH_AXES = ("data", "fsdp", "expert")  # these work on examples of their own
+TOKEN_AXES = (*BATCH_AXES, "context")  # and these on positions of their own
 
-# Logical dimension of a parameter -> mesh axis. The one table to edit for a new topology.
-PLACEMENT: dict[str, str | None] = {
-    "layers": None,
-    "embed": "fsdp",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "experts": "expert",
-    "width": "tensor",
-    "vocab": "tensor",
-    "input": None,
-    "small": None,
+
+class Place(NamedTuple):
+    axis: str | None  # of the mesh
+    field: str | None  # of the config, that says how many there are to divide
+
+
+# Logical dimension of a parameter -> where it goes. The one table to edit for a new topology.
+PLACEMENT: dict[str, Place] = {
+    "layers": Place(None, "model.layers"),
+    "embed": Place("fsdp", "model.d_model"),
+    "heads": Place("tensor", "model.heads"),
+    "kv_heads": Place("tensor", "model.kv_heads"),
+    "experts": Place("expert", "model.moe.experts"),
+    "width": Place("tensor", "model.moe.expert_width"),
+    "shared_width": Place("tensor", "model.moe.shared_width"),
+    "vocab": Place("tensor", "stream.vocab_size"),
+    "frame": Place("fsdp", "model.d_model"),
+    "flow": Place("fsdp", "model.flow.width"),
+    "input": Place(None, None),
+    "small": Place(None, None),
 }
 
 
 def make_mesh(config: Mesh, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
-    """Raises UserError when the sizes do not make up the number of devices."""
+    """Raises UserError when the sizes do not make up the number of devices, or the slices are not there."""
     devices = list(jax.devices() if devices is None else devices)
+    sizes = fill(config, len(devices))
+    return jax.sharding.Mesh(arrange(sizes, config.slices, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def fill(config: Mesh, devices: int) -> dict[str, int]:
+    """Size of each axis, an open one filled. Raises UserError naming the nearest size that works."""
     sizes = {axis: getattr(config, axis) for axis in AXES}
     open_axes = [axis for axis, size in sizes.items() if size == -1]
-    if len(open_axes) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+    if len(open_axes) > 1 or any(size < 1 and size != -1 for size in sizes.values()) or config.slices < 1:
         raise UserError(f"config.mesh {sizes} needs sizes of at least 1, and -1 on one axis at most")
     fixed = math.prod(size for size in sizes.values() if size != -1)
-    if open_axes:
-        sizes[open_axes[0]] = len(devices) // fixed
-    if math.prod(sizes.values()) != len(devices):
-        raise UserError(f"config.mesh {sizes} has {math.prod(sizes.values())} places for {len(devices)} devices")
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    if open_axes and devices % fixed == 0:
+        sizes[open_axes[0]] = devices // fixed
+    if math.prod(sizes.values()) == devices:
+        return sizes
+    remedies = []
+    for axis, size in sizes.items():
+        others = fixed // size
+        if axis not in open_axes and (size > 1 or fixed == 1) and devices % others == 0:
+            remedies.append(
+                either(f"mesh.{axis}", divisors(devices // others, size) if open_axes else [devices // others])
+            )
+    said = ", ".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1) or "1 on each axis"
+    remedy = ", or ".join(remedies) or f"sizes that divide {devices}"
+    raise UserError(f"config.mesh ({said}) has {fixed} places for {devices} devices; {remedy} would do")
+
+
+def arrange(sizes: dict[str, int], slices: int, devices: Sequence[Any]) -> np.ndarray:
+    """Devices in mesh order: neighbours on the fast network, and `slices` groups along `data`, which DCN joins.
+
+    Groups are what the devices call a slice, or the processes where they name none. Raises UserError.
+    """
+    shape = tuple(sizes.values())
+    found = len({getattr(device, "slice_index", 0) for device in devices})
+    processes = len({device.process_index for device in devices})
+    if slices == 1 and (found == 1 or devices[0].platform != "tpu"):
+        return arrange_slice(shape, devices)
+    if slices != found and not (found == 1 and slices == processes):
+        raise UserError(
+            f"config.mesh.slices={slices}, but the devices are in {found} slices and {processes} processes; "
+            f"set config.mesh.slices={found}"
+        )
+    if sizes["data"] % slices:
+        near = " or ".join(str(size) for size in multiples(sizes["data"], slices))
+        raise UserError(
+            f"config.mesh.data={sizes['data']} is not a multiple of config.mesh.slices={slices}; try {near}"
+        )
+    inside, across = (shape[0] // slices, *shape[1:]), (slices, *(1,) * (len(shape) - 1))
+    return mesh_utils.create_hybrid_device_mesh(
+        inside, across, devices, process_is_granule=slices != found, allow_split_physical_axes=True
+    )
+
+
+def arrange_slice(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
+    try:
+        return mesh_utils.create_device_mesh(shape, devices)
+    except NotImplementedError:  # an axis is no product of whole physical ones
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+
+
+def multiples(size: int, of: int) -> list[int]:
+    """The nearest multiples, below and above."""
+    below = size // of * of
+    return [near for near in (below, below + of) if near]
+
+
+def divisors(size: int, near: int) -> list[int]:
+    """The nearest divisors, below and above."""
+    all_of_them = [n for n in range(1, size + 1) if size % n == 0]
+    below, above = (n for n in all_of_them if n < near), (n for n in all_of_them if n > near)
+    return [*list(below)[-1:], *list(above)[:1]]
+
+
+def either(field: str, sizes: Iterable[int]) -> str:
+    return f"config.{field}=" + " or ".join(str(size) for size in sizes)
+
+
+def check(experiment: Experiment, mesh: jax.sharding.Mesh) -> None:
+    """Raises UserError for what the mesh does not divide, naming the field and the nearest sizes that work."""
+    for axis, field in dict.fromkeys(PLACEMENT.values()):
+        if axis is not None and field is not None:
+            size, members = reduce(getattr, field.split("."), experiment), mesh.shape[axis]
+            copied = field == "model.kv_heads" and members % size == 0
+            if size % members and not copied:
+                raise UserError(
+                    f"config.mesh.{axis}={members} does not divide config.{field}={size}; "
+                    f"{either(f'mesh.{axis}', divisors(size, members))} does, "
+                    f"and so would {either(field, multiples(size, members))}"
+                )
+    members, parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES), experiment.optimizer.accumulate
+    batch, window = experiment.data.batch, experiment.data.window
+    if batch % (members * parts):
+        raise UserError(
+            f"config.data.batch={batch} does not divide over {' x '.join(BATCH_AXES)} = {members} of config.mesh and "
+            f"config.optimizer.accumulate={parts}; try {either('data.batch', multiples(batch, members * parts))}"
+        )
+    context, every = mesh.shape["context"], experiment.stream.video_every
+    if context > 1 and window % (context * every):
+        raise UserError(
+            f"config.mesh.context={context} does not divide config.data.window={window} into whole multiples of "
+            f"config.stream.video_every={every}; try {either('data.window', multiples(window, context * every))}"
+        )
+    check_exchange(experiment.model.moe.exchange, mesh)
+
+
+def check_exchange(exchange: str, mesh: jax.sharding.Mesh) -> None:
+    """Raises UserError where the platform lacks it."""
+    platform = mesh.devices.flat[0].platform
+    if exchange == "ragged" and mesh.shape["expert"] > 1 and platform == "cpu":
+        raise UserError(
+            f"config.model.moe.exchange='ragged' needs jax.lax.ragged_all_to_all, which XLA has on TPU and GPU, not on "
+            f"{platform}; with config.mesh.expert={mesh.shape['expert']} use config.model.moe.exchange='padded' here"
+        )
 
 
 def param_shardings(mesh: jax.sharding.Mesh, axes: Any, params: Any) -> Any:
     """NamedShardings for a tree of parameters, from the tree of their logical dimensions.
 
-    Raises UserError for a dimension that its mesh axis does not divide.
+    Raises UserError for a dimension that its mesh axis does not divide, and for two on one axis.
     """
 
     def place(names: tuple[str, ...], param: Any) -> NamedSharding:
-        spec = [PLACEMENT[name] for name in names]
-        taken = [axis for axis in spec if axis is not None]
-        assert len(taken) == len(set(taken)), f"{names} puts two dimensions on one mesh axis"
-        for name, axis, size in zip(names, spec, param.shape, strict=True):
+        for name, size in zip(names, param.shape, strict=True):
+            axis, field = PLACEMENT[name]
             if axis is not None and size % mesh.shape[axis]:
                 raise UserError(
-                    f"config.mesh.{axis}={mesh.shape[axis]} does not divide the model's {name} dimension of {size}"
+                    f"config.mesh.{axis}={mesh.shape[axis]} does not divide the model's {name} dimension of {size} "
+                    f"(config.{field}); {either(f'mesh.{axis}', divisors(size, mesh.shape[axis]))} does"
                 )
-        return NamedSharding(mesh, PartitionSpec(*spec))
+        return NamedSharding(mesh, spec(names))
 
     return jax.tree.map(place, axes, params, is_leaf=lambda x: isinstance(x, tuple))
 
 
+def spec(names: Sequence[str]) -> PartitionSpec:
+    """Of an array with these logical dimensions. Raises UserError where two of them take one mesh axis."""
+    axes = [PLACEMENT[name].axis for name in names]
+    for axis in {axis for axis in axes if axis is not None and axes.count(axis) > 1}:
+        both = " and ".join(name for name in names if PLACEMENT[name].axis == axis)
+        raise UserError(f"PLACEMENT in tmljax/sharding.py puts {both} of one parameter on mesh axis {axis!r}; move one")
+    return PartitionSpec(*axes)
+
+
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
-    """For arrays whose first dim is the batch."""
+    """For arrays whose first dim is the batch, as they come from the loader: every member of `context` has all of T."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def spread(batch: Any, mesh: jax.sharding.Mesh | None) -> Any:
+    """Arrays [B, T, ...] of a batch, or of what became of it, with T split over `context`."""
+    if mesh is None or mesh.size == 1:
+        return batch
+    sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES, "context"))
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, sharding) if x.ndim > 1 else x, batch)
+
+
+def process_rows(mesh: jax.sharding.Mesh, batch: int, process: int | None = None) -> np.ndarray:
+    """Which rows of a batch a process reads, this one by default: those of its devices, in ascending order.
+
+    Processes that `context` or `tensor` joins read the same rows. Raises UserError where two share some rows only.
+    """
+    process = jax.process_index() if process is None else process
+    members = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    owner = np.vectorize(lambda device: device.process_index)(mesh.devices).reshape(members, -1)
+    held = {index: (owner == index).any(axis=1) for index in np.unique(owner).tolist()}
+    mine = held[process]
+    if any((mine & other).any() and (mine != other).any() for other in held.values()):
+        raise UserError(
+            f"processes of {np.sum(owner == process)} devices share some of their examples but not all, with "
+            f"config.mesh.context={mesh.shape['context']} and config.mesh.tensor={mesh.shape['tensor']}; choose sizes "
+            "that divide a process or are divided by it"
+        )
+    return np.flatnonzero(np.repeat(mine, batch // members))
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
-
-
-def check_batch(mesh: jax.sharding.Mesh, batch: int) -> None:
-    """Raises UserError when the batch cannot be split over the mesh."""
-    members = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    if batch % members:
-        raise UserError(
-            f"config.data.batch={batch} is not divisible by the {members} devices of the mesh axes "
-            f"{' x '.join(BATCH_AXES)}; the nearest that is: {max(1, round(batch / members)) * members}"
-        )

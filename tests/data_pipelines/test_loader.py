@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,7 +51,11 @@ def make_experiment(batch: int = 4, **data: object) -> config.Experiment:
     return config.Experiment(stream=STREAM, data=config.Data(window=WINDOW, batch=batch, **data))
 
 
-def load(sessions: list[Session] | None = None, *, seed: int = 3, batch: int = 4, **how: int) -> loader.Loader:
+def rows_of(process: int, count: int, batch: int = 12) -> range:
+    return range(batch // count * process, batch // count * (process + 1))
+
+
+def load(sessions: list[Session] | None = None, *, seed: int = 3, batch: int = 4, **how: Any) -> loader.Loader:
     sources = [loader.Source("some", 1.0, make_sessions() if sessions is None else sessions)]
     return loader.load_sources(sources, make_experiment(batch), TOKENIZER, seed=seed, **how)
 
@@ -120,7 +125,7 @@ def test_prefetching_ahead_is_not_in_the_state() -> None:
 @pytest.mark.parametrize("count", [2, 3, 4])
 def test_the_rows_of_all_processes_are_the_batch_of_one(count: int) -> None:
     whole = take(load(batch=12), 5)
-    parts = [take(load(batch=12, process_index=p, process_count=count), 5) for p in range(count)]
+    parts = [take(load(batch=12, rows=rows_of(p, count)), 5) for p in range(count)]
     assert parts[0][0]["valid"].shape[0] == 12 // count
     joined = [{name: np.concatenate([part[i][name] for part in parts]) for name in whole[i]} for i in range(5)]
     assert_same(joined, whole)
@@ -130,7 +135,7 @@ def test_the_rows_of_all_processes_are_the_batch_of_one(count: int) -> None:
 def test_an_epoch_holds_each_session_once_over_all_processes(count: int) -> None:
     """12 sessions are an epoch of one batch; 24 processes-times-batches hold two."""
     sessions = make_sessions(24)
-    parts = [numbers(take(load(sessions, batch=12, process_index=p, process_count=count), 4)) for p in range(count)]
+    parts = [numbers(take(load(sessions, batch=12, rows=rows_of(p, count)), 4)) for p in range(count)]
     rows = 12 // count
     for epoch in (0, 2 * rows):
         seen = [n for part in parts for n in part[epoch : epoch + 2 * rows]]
@@ -146,16 +151,19 @@ def test_resume_on_other_processes_and_rows_goes_on_in_the_same_stream() -> None
     one.close()
     parts = []
     for p in range(2):
-        part = load(batch=12, process_index=p, process_count=2)
+        part = load(batch=12, rows=rows_of(p, 2))
         part.set_state(state)
         parts.append(numbers(take(part, 2)))
     after = [n for i in range(2) for part in parts for n in part[6 * i : 6 * i + 6]]
     assert after == whole[12:]
 
 
-def test_batch_that_does_not_divide_is_the_users_mistake() -> None:
-    with pytest.raises(UserError, match=r"config\.data\.batch=4 .* 3 processes"):
-        load(process_count=3)
+def test_rows_may_lie_apart_and_be_read_twice() -> None:
+    """As where the devices of a process are not neighbours, and where two processes hold parts of one example."""
+    whole = take(load(batch=12), 3)
+    for rows in ([1, 4, 11], [4, 5]):
+        part = take(load(batch=12, rows=rows), 3)
+        assert_same(part, [{name: array[rows] for name, array in batch.items()} for batch in whole])
 
 
 def test_epochs_and_seeds_shuffle_differently_but_again_the_same() -> None:
@@ -338,6 +346,6 @@ def test_validation_is_the_same_for_every_seed_and_process_count() -> None:
     other = dataclasses.replace(experiment, train=config.Train(seed=77))
     assert_same(loader.validation_batches(other, TOKENIZER, 3), batches)
     assert sorted(numbers(batches)[:6]) == list(range(50, 56))  # and none of the training sessions
-    parts = [loader.validation_batches(experiment, TOKENIZER, 3, process_index=p, process_count=2) for p in range(2)]
+    parts = [loader.validation_batches(experiment, TOKENIZER, 3, rows=rows_of(p, 2, 4)) for p in range(2)]
     joined = [{name: np.concatenate([part[i][name] for part in parts]) for name in batches[i]} for i in range(3)]
     assert_same(joined, batches)

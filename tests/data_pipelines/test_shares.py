@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from data_pipelines import builder, loader, plan, recordings
-from tests.data_pipelines.test_loader import STREAM, TOKENIZER, assert_same, make_session, take
+from tests.data_pipelines.test_loader import STREAM, TOKENIZER, assert_same, make_session, rows_of, take
 from tmljax.config import Data, Experiment, UserError
 from tmljax.stream.record import Session
 
@@ -44,7 +44,7 @@ def store(experiment: Experiment, sessions: list[Session]) -> Path:
 
 
 def open_loader(experiment: Experiment, index: int = 0, count: int = 1) -> loader.Loader:
-    return loader.train_loader(experiment, TOKENIZER, process_index=index, process_count=count)
+    return loader.train_loader(experiment, TOKENIZER, rows=rows_of(index, count, BATCH))
 
 
 def put_together(parts: list[list[loader.Streams]]) -> list[loader.Streams]:

@@ -1,5 +1,10 @@
+import os
+import socket
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import jax
 import pytest
@@ -74,3 +79,44 @@ def test_close_ends_the_thread_though_nobody_reads(sharding):
     feed.next()
     feed.close()
     wait_until(lambda: threading.active_count() <= before)
+
+
+TWO_PROCESSES = """
+import sys
+import jax
+import numpy as np
+from tmljax.config import Mesh
+from tmljax.sharding import AXES, batch_sharding, make_mesh, process_rows
+from tmljax.train.feed import to_devices
+
+jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
+batch = np.arange(48).reshape(16, 3)
+for sizes in {"data": 8}, {"fsdp": 2, "context": 4}, {"context": 2, "tensor": 4}, {"expert": 4, "context": 2}:
+    made = make_mesh(Mesh(**{"data": 1} | sizes))
+    apart = made.devices.ravel().reshape(2, 4).T.reshape(made.devices.shape)  # neighbours in different processes
+    for mesh in made, jax.sharding.Mesh(apart, AXES):
+        array = to_devices({"x": batch[process_rows(mesh, 16)]}, batch_sharding(mesh))["x"]
+        assert array.shape == batch.shape
+        for shard in array.addressable_shards:
+            np.testing.assert_array_equal(shard.data, batch[shard.index])
+"""
+
+
+def test_what_two_processes_read_is_one_batch_on_every_mesh():
+    """Wherever the devices of a process lie, and where both hold parts of one example."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_PROCESSES, address, str(index)],
+            cwd=Path(__file__).parents[2],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    said = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said

@@ -120,7 +120,12 @@ def experiment(steps: int = 8, **changes: Any) -> config.Experiment:
 
 
 def run(
-    workdir: Any, experiment: config.Experiment, source: Source | None = None, devices: int | None = 1, out=None
+    workdir: Any,
+    experiment: config.Experiment,
+    source: Source | None = None,
+    devices: int | None = 1,
+    out=None,
+    profile: int = 0,
 ) -> Outcome:
     batch = experiment.data.batch
     return train(
@@ -132,6 +137,7 @@ def run(
         [next(Source(batch))],
         make_mesh(experiment.mesh, jax.devices()[:devices]),
         out=out,
+        profile=profile,
     )
 
 

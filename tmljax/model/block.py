@@ -77,28 +77,34 @@ class ExpertLayer(nnx.Module):
         self.up = dense(rngs, (E, D, W), ("experts", "embed", "width"), fan_in=D)
         self.down = dense(rngs, (E, W, D), ("experts", "width", "embed"), fan_in=W, gain=gain)
         if S:
-            self.shared_gate = dense(rngs, (D, S), ("embed", "width"), fan_in=D)
-            self.shared_up = dense(rngs, (D, S), ("embed", "width"), fan_in=D)
-            self.shared_down = dense(rngs, (S, D), ("width", "embed"), fan_in=S, gain=gain)
+            self.shared_gate = dense(rngs, (D, S), ("embed", "shared_width"), fan_in=D)
+            self.shared_up = dense(rngs, (D, S), ("embed", "shared_width"), fan_in=D)
+            self.shared_down = dense(rngs, (S, D), ("shared_width", "embed"), fan_in=S, gain=gain)
 
     @jax.named_scope("experts")
-    def __call__(self, x_BPD: jax.Array, mesh: Mesh | None, tick: bool) -> tuple[jax.Array, MoeReport]:
+    def __call__(
+        self, x_BPD: jax.Array, counts_BP: jax.Array | None, mesh: Mesh | None, tick: bool
+    ) -> tuple[jax.Array, MoeReport]:
         B, P, D = x_BPD.shape
-        y_ND = rms_norm(x_BPD, self.norm[...]).reshape(B * P, D)
-        routing = route(y_ND, self.router[...], self.balance_bias[...], self.moe.top_k)
+        y_BPD = rms_norm(x_BPD, self.norm[...])
+        routing = route(y_BPD, self.router[...], self.balance_bias[...], self.moe.top_k, counts_BP)
         weight = lambda w: w[...].astype(x_BPD.dtype)  # noqa: E731
         experts = Experts(weight(self.gate), weight(self.up), weight(self.down))
         if tick:
             few = expert_ops.gathered if self.moe.tick_matmul == "gathered" else expert_ops.every_expert
-            routed_ND, dropped = few(y_ND, routing.expert_Nk, routing.gate_Nk, experts), jnp.zeros((), jnp.float32)
+            flat = [x.reshape(B * P, -1) for x in (y_BPD, routing.expert_BPk, routing.gate_BPk)]
+            routed_BPD, dropped = few(*flat, experts).reshape(B, P, D), jnp.zeros((), jnp.float32)
         else:
             blocks = partial(dispatch.in_blocks, rows=self.moe.block_rows)
             local = blocks if self.moe.matmul == "blocks" else dispatch.in_ragged_rows
-            routed_ND, dropped = dispatch.apply_experts(y_ND, routing, experts, local, self.moe.capacity_factor, mesh)
+            exchange = dispatch.padded if self.moe.exchange == "padded" else dispatch.ragged
+            routed_BPD, dropped = dispatch.apply_experts(
+                y_BPD, routing, experts, local, exchange, self.moe.capacity_factor, mesh
+            )
         if self.moe.shared_width:
             shared = (weight(w) for w in (self.shared_gate, self.shared_up, self.shared_down))
-            routed_ND = routed_ND + expert_ops.swiglu(y_ND, *shared)
-        return routed_ND.reshape(B, P, D), MoeReport(routing.load_E, dropped, routing.z_loss)
+            routed_BPD = routed_BPD + expert_ops.swiglu(y_BPD, *shared)
+        return routed_BPD, MoeReport(routing.load_E, dropped, routing.z_loss)
 
 
 class Block(nnx.Module):
@@ -107,8 +113,15 @@ class Block(nnx.Module):
         self.experts = ExpertLayer(model, rngs)
 
     def __call__(
-        self, x_BPD: jax.Array, time_BP: jax.Array, look: Look, mesh: Mesh | None, tick: bool
+        self,
+        x_BPD: jax.Array,
+        time_BP: jax.Array,
+        counts_BP: jax.Array | None,
+        look: Look,
+        mesh: Mesh | None,
+        tick: bool,
     ) -> tuple[jax.Array, MoeReport]:
+        """Positions where `counts_BP` is False, all do by default, go to no routed expert."""
         x_BPD = x_BPD + self.attention(x_BPD, time_BP, look)
-        y_BPD, report = self.experts(x_BPD, mesh, tick)
+        y_BPD, report = self.experts(x_BPD, counts_BP, mesh, tick)
         return x_BPD + y_BPD, report

@@ -22,7 +22,7 @@ class DmelEmbed(nnx.Module):
     def __init__(self, layout: Layout, d_model: int, rngs: nnx.Rngs):
         self.frames = layout.stream.frames_per_slot
         width = max(32, d_model * 3 // 8)
-        self.table = dense(rngs, (MEL * BINS, width), ("input", "small"), fan_in=MEL)
+        self.table = dense(rngs, (MEL * BINS, width), ("input", "frame"), fan_in=MEL)
         self.merge = dense(rngs, (self.frames * width, d_model), ("input", "embed"), fan_in=self.frames * width)
 
     def __call__(self, dmel_BTFM: jax.Array) -> jax.Array:
@@ -46,7 +46,7 @@ class PatchEmbed(nnx.Module):
         self.slots, self.per_slot = layout.user_video, layout.stream.patches_per_slot
         w = d_model // 4
         self.pixels = dense(rngs, (4 * 4 * 3, w), ("input", "small"), fan_in=48)
-        self.merge = dense(rngs, (2 * 2 * w, w), ("input", "small"), fan_in=4 * w)
+        self.merge = dense(rngs, (2 * 2 * w, w), ("embed", "small"), fan_in=4 * w)
         self.last = dense(
             rngs, (self.per_slot, 25 * w, d_model), ("small", "input", "embed"), fan_in=25 * w * self.per_slot
         )

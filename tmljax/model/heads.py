@@ -35,14 +35,14 @@ class FlowHead(nnx.Module):
         self.values = layout.stream.frames_per_slot * MEL
         self.depth = depth
         self.time_in = dense(rngs, (2 * TIME_WAVES, W), ("input", "small"), fan_in=2 * TIME_WAVES)
-        self.time_out = dense(rngs, (W, W), ("input", "small"), fan_in=W)
+        self.time_out = dense(rngs, (W, W), ("flow", "small"), fan_in=W)
         self.condition = dense(rngs, (D, W), ("embed", "small"), fan_in=D)
         self.enter = dense(rngs, (self.values, W), ("input", "small"), fan_in=self.values)
-        self.inner = dense(rngs, (depth, W, W), ("layers", "input", "small"), fan_in=W)
-        self.outer = dense(rngs, (depth, W, W), ("layers", "input", "small"), fan_in=W)
-        self.modulate = constant((depth, W, 3 * W), ("layers", "input", "small"))
-        self.modulate_last = constant((W, 2 * W), ("input", "small"))
-        self.leave = constant((W, self.values), ("input", "small"))
+        self.inner = dense(rngs, (depth, W, W), ("layers", "flow", "small"), fan_in=W)
+        self.outer = dense(rngs, (depth, W, W), ("layers", "flow", "small"), fan_in=W)
+        self.modulate = constant((depth, W, 3 * W), ("layers", "flow", "small"))
+        self.modulate_last = constant((W, 2 * W), ("flow", "small"))
+        self.leave = constant((W, self.values), ("flow", "small"))
         self.bias = constant((self.values,), ("small",))
 
     def endpoint(self, z_D: jax.Array, x_X: jax.Array, time: jax.Array) -> jax.Array:

@@ -23,6 +23,7 @@ from tmljax.model.embed import DmelEmbed, PatchEmbed
 from tmljax.model.heads import FlowHead, TextHead
 from tmljax.model.params import dense
 from tmljax.model.trunk import Trunk
+from tmljax.sharding import spread
 from tmljax.stream.microturn import ABSENT, BINS, Layout
 
 Params = dict[str, Any]
@@ -118,8 +119,11 @@ class InteractionModel(nnx.Module):
     def __call__(self, batch: Batch, mesh: Mesh | None = None) -> Outputs:
         """The training forward; `batch` as the loader makes it (tmljax/stream/weave.py)."""
         turns = batch["user_present"].shape[1]
-        x_BPD, present_BP = self.weave(batch)
-        z_BPD, moe = self.trunk(x_BPD, batch["start"], self.layout.positions(turns), present_BP, mesh)
+        x_BPD, present_BP = self.weave(spread(batch, mesh))
+        place_P2 = self.layout.positions(turns)
+        turn_P, slot_P = place_P2.T
+        counts_BP = (present_BP | (slot_P == self.layout.inputs - 1)[None]) & batch["valid"][:, turn_P]
+        z_BPD, moe = self.trunk(x_BPD, batch["start"], place_P2, present_BP, counts_BP, mesh)
         z_BTRD = self._drop_frames(z_BPD, turns)
         first, texts = self.layout.inputs - self.layout.user_video, self.layout.model_text
         text_BTSV = self.text_head(z_BTRD[:, :, first - 1 : first + texts - 1])

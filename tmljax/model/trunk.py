@@ -7,15 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from tmljax import config
 from tmljax.model import cache
 from tmljax.model.block import Block, MoeReport
 from tmljax.model.params import constant
-from tmljax.ops.attention import attend, attend_in_blocks, query_blocks, see
+from tmljax.ops.attention import attend, see
+from tmljax.ops.context import make_look
 from tmljax.ops.norm import rms_norm
-from tmljax.sharding import BATCH_AXES
+from tmljax.sharding import spread
 
 QUERY_TURNS = 16  # micro-turns in a block of queries
 
@@ -49,29 +50,26 @@ class Trunk(nnx.Module):
         self.norm = constant((model.d_model,), ("embed",), 1.0)
 
     def __call__(
-        self, x_BPD: jax.Array, start_B: jax.Array, place_P2: np.ndarray, present_BP: jax.Array, mesh: Mesh | None
+        self,
+        x_BPD: jax.Array,
+        start_B: jax.Array,
+        place_P2: np.ndarray,
+        present_BP: jax.Array,
+        counts_BP: jax.Array,
+        mesh: Mesh | None,
     ) -> tuple[jax.Array, MoeReport]:
         """The training forward over whole examples that begin with micro-turn `start_B`; reports stacked over layers.
 
-        `place_P2` has the micro-turn from there and the slot of each position, in this order.
+        `place_P2` has the micro-turn from there and the slot of each position, in this order; `present_BP` are those
+        that others may see, `counts_BP` those that something comes of.
         """
         turn_P, slot_P = place_P2.T
         time_BP = start_B[:, None] + turn_P[None]
-        blocks = query_blocks(turn_P, QUERY_TURNS, self.model.window)
-        masks = [
-            see(time_BP[:, q], slot_P[q], time_BP[:, k], slot_P[k], present_BP[:, k], self.model.window)
-            for q, k in blocks
-        ]
+        look = make_look(turn_P, slot_P, present_BP, self.model.window, QUERY_TURNS, mesh)
         graph, stacked = nnx.split(self.blocks)
 
-        def look(q_BPHh, k_BPKh, v_BPKh, sink_H):
-            return attend_in_blocks(q_BPHh, k_BPKh, v_BPKh, blocks, masks, sink_H)
-
         def step(x_BPD, layer):
-            if mesh is not None and mesh.size > 1:
-                spec = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
-                x_BPD = jax.lax.with_sharding_constraint(x_BPD, spec)
-            return nnx.merge(graph, layer)(x_BPD, time_BP, look, mesh, tick=False)
+            return nnx.merge(graph, layer)(spread(x_BPD, mesh), time_BP, counts_BP, look, mesh, tick=False)
 
         if self.model.remat != "none":
             step = jax.checkpoint(step, policy=REMAT[self.model.remat], prevent_cse=False)
@@ -94,7 +92,7 @@ class Trunk(nnx.Module):
                 k_NQKh, v_NQKh, rings[0] = cache.write(ring, index, k_NnKh, v_NnKh, time_Nn, slot_n)
                 return attend(q_NnHh, k_NQKh, v_NQKh, visible_NnQ, sink_H)
 
-            x_NnD, _ = nnx.merge(graph, layer)(x_NnD, time_Nn, look, None, tick=True)
+            x_NnD, _ = nnx.merge(graph, layer)(x_NnD, time_Nn, None, look, None, tick=True)
             return (x_NnD, rings[0]), None
 
         indices = jnp.arange(self.model.layers)

@@ -23,6 +23,7 @@ from tmljax.sharding import batch_sharding
 from tmljax.train.feed import Fed, Feed, Source, to_devices
 from tmljax.train.ledger import Ledger, as_text
 from tmljax.train.metrics import Journal, Progress
+from tmljax.train.profile import Profile
 from tmljax.train.speed import Stopwatch, as_row
 from tmljax.train.state import Definition, State, create_state
 from tmljax.train.step import Metrics, Objective, Program, make_program
@@ -47,6 +48,7 @@ class Run:
     progress: Progress | None
     watch: Stopwatch
     ledger: Ledger
+    profile: Profile
     evaluated: bool = False  # in this process
 
     @contextlib.contextmanager
@@ -68,12 +70,13 @@ def train(
     *,
     flops: float | None = None,
     began: float | None = None,
+    profile: int = 0,
     out: TextIO | None = None,
 ) -> Outcome:
     """Trains until config.train.steps, SIGTERM or Ctrl-C, going on from the newest checkpoint of the workdir.
 
     `batches` yields this process's rows of each batch, `validation` of the held-out ones; `flops` are those of a step;
-    the process `began` at this Unix time.
+    the process `began` at this Unix time; the lead process traces `profile` steps.
     Raises UserError for a workdir trained with another config, a mesh that does not divide, and a full disk.
     """
     checkpoint.keep_config(workdir, experiment)
@@ -104,6 +107,7 @@ def train(
                 else None,
                 Stopwatch(experiment, flops, list(mesh.devices.flat)),
                 ledger,
+                open_things.enter_context(contextlib.closing(Profile(workdir, step, profile if lead else 0))),
             )
             with cluster.StopNotice() as stop, jax.transfer_guard("disallow"):
                 step = run_steps(run, state, step, feed, stop)
@@ -134,10 +138,12 @@ def run_steps(run: Run, state: State, step: int, feed: Feed, stop: cluster.StopN
             if stop.wanted:  # Ctrl-C reaches the data workers too
                 break
             raise
+        run.profile.before(step + 1, unread)
         if step == first:
             cluster.compile_together(run.program.step, state, fed.batch)
         state, metrics = run.program.step(state, fed.batch)
         step += 1
+        run.profile.after(step, metrics)
         stop.tell()
         if step == first + 1:
             run.ledger.trains()

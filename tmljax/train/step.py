@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from tmljax.cluster import compiler_options
 from tmljax.config import Experiment
-from tmljax.sharding import check_batch, replicated
+from tmljax.sharding import check, replicated
 from tmljax.train.optimizer import make_optimizer, schedule
 from tmljax.train.state import Definition, State, abstract_state, join, split
 
@@ -48,7 +48,7 @@ class Program(NamedTuple):
 
 def make_program(experiment: Experiment, definition: Definition, objective: Objective, mesh: Mesh) -> Program:
     """Raises UserError where the batch or the model does not divide over the mesh."""
-    check_batch(mesh, experiment.data.batch // experiment.optimizer.accumulate)
+    check(experiment, mesh)
     optimizer = make_optimizer(experiment.optimizer, split(definition.axes())[0])
     abstract = abstract_state(definition, optimizer, mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)

@@ -1,0 +1,82 @@
+"""The exchange through the TPU's compiler, which needs no TPU: pip install -e '.[tpu]'."""
+
+import os
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
+
+from tmljax import config
+from tmljax.ops import dispatch
+from tmljax.ops.experts import Experts
+from tmljax.ops.route import route
+from tmljax.sharding import BATCH_AXES, make_mesh, spec
+
+B, P, D, E, W, K = 8, 256, 256, 16, 256, 4
+
+
+def chips(topology: str, **options):
+    pytest.importorskip("libtpu", reason="the TPU compiler is not installed: pip install -e '.[tpu]'")
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+    return topologies.get_topology_desc(topology, "tpu", **options).devices
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh(config.Mesh(data=1, fsdp=2, expert=4), chips("v5p:2x2x2"))
+
+
+def compiled(mesh, exchange) -> str:
+    """The program of the gradients of one expert layer in bfloat16."""
+
+    def loss(x_BPD, weights, router_DE):
+        routing = route(x_BPD, router_DE, jnp.zeros(E), K)
+        local = dispatch.in_ragged_rows
+        y_BPD, dropped = dispatch.apply_experts(x_BPD, routing, weights, local, exchange, 1.5, mesh)
+        return jnp.sum(y_BPD.astype(jnp.float32) ** 2), dropped
+
+    def array(shape, *axes, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*axes)))
+
+    columns, lines = spec(("experts", "embed", "width")), spec(("experts", "width", "embed"))
+    weights = Experts(array((E, D, W), *columns), array((E, D, W), *columns), array((E, W, D), *lines))
+    x_BPD, router_DE = array((B, P, D), BATCH_AXES, "context"), array((D, E), "fsdp", dtype=jnp.float32)
+    step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
+    return step.lower(x_BPD, weights, router_DE).compile().as_text()
+
+
+def exchanged(text: str, operation: str) -> int:
+    """How many exchanges of rows of D bfloat16 there are."""
+    return len(re.findall(rf"= \(?bf16\[[\d,]*{D}\][^=]* {operation}(?:-start)?\(", text))
+
+
+@pytest.mark.slow
+def test_ragged_rows_go_there_and_back_forward_and_backward(mesh):
+    text = compiled(mesh, dispatch.ragged)
+    assert exchanged(text, "ragged-all-to-all") == 4
+    assert exchanged(text, "all-to-all") == 0
+
+
+@pytest.mark.slow
+def test_gradients_of_experts_are_scattered_not_copied(mesh):
+    """Each member of `fsdp` ends with its part of the sum: no reduction of whole expert matrices."""
+    text = compiled(mesh, dispatch.padded)
+    assert exchanged(text, "all-to-all") == 4
+    assert re.search(r"reduce-scatter", text)
+    assert not re.search(rf"= \w+\[{E // 4},{D},{W}\][^=]* all-reduce(?:-start)?\(", text)
+
+
+@pytest.mark.slow
+def test_slices_of_a_pod_lie_along_data():
+    mesh = make_mesh(config.Mesh(data=4, fsdp=2, slices=2), chips("v5p:2x2x1", num_slices=2))
+    assert [{chip.slice_index for chip in replica.flat} for replica in mesh.devices] == [{0}, {0}, {1}, {1}]
+
+
+@pytest.mark.slow
+def test_an_axis_may_be_part_of_a_physical_one():
+    """16 is no product of whole axes of 4 x 8 x 8."""
+    mesh = make_mesh(config.Mesh(data=1, fsdp=16, expert=16), chips("v5p:4x8x8"))
+    assert len(set(mesh.devices.flat)) == 256
