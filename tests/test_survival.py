@@ -29,19 +29,29 @@ MESHES = {2: "data=2,fsdp=2", 4: "fsdp=2,expert=2"}  # four devices, over two ho
 HANG = 40.0  # seconds; a host of a busy machine may be away for long
 
 
+STARTED: list[subprocess.Popen] = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_running():
+    yield
+    while STARTED:
+        STARTED.pop().kill()
+
+
 def start(
     workdir: Path, hosts: int, harm: str = "", restarts: int = 0, mesh: str = "", hang: float = 600.0
 ) -> subprocess.Popen:
-    supervisor = [f"--hosts={hosts}", f"--devices-per-host={4 // hosts}", f"--max-restarts={restarts}"]
+    flags = [f"--hosts={hosts}", f"--devices-per-host={4 // hosts}", f"--max-restarts={restarts}"]
     run = [sys.executable, "-m", "tests.train.host", str(workdir), str(STEPS), mesh or MESHES[hosts]]
-    return subprocess.Popen(
-        [sys.executable, "-m", "launch.local", *supervisor, f"--hang-seconds={hang}", "--", *run],
-        cwd=ROOT,
-        env=os.environ | ({"HARM": harm} if harm else {}),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    return supervise([*flags, f"--hang-seconds={hang}"], run, {"HARM": harm} if harm else {})
+
+
+def supervise(flags: list[str], command: list[str], environment: dict[str, str]) -> subprocess.Popen:
+    words = [sys.executable, "-m", "launch.local", *flags, "--", *command]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    STARTED.append(subprocess.Popen(words, cwd=ROOT, env=os.environ | environment, **streams))
+    return STARTED[-1]
 
 
 def run(*where, code: int = 0, **options) -> str:
@@ -219,9 +229,7 @@ def train_for_real(folder: Path) -> subprocess.Popen:
     overrides = [f"--config.{name}={value}" for name, value in SIZES.items()]
     where = [f"--workdir={folder / 'run'}", f"--config.data.root={folder / 'data'}"]
     verb = [sys.executable, "-m", "launch.train", "--config=configs/smoke.py", *where, *overrides]
-    supervisor = [sys.executable, "-m", "launch.local", "--hosts=2", "--devices-per-host=2", "--max-restarts=1", "--"]
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen([*supervisor, *verb], cwd=ROOT, **streams)
+    return supervise(["--hosts=2", "--devices-per-host=2", "--max-restarts=1"], verb, {})
 
 
 def host_of(supervisor: subprocess.Popen, index: int) -> int:
@@ -268,7 +276,7 @@ def test_a_disk_that_fills_ends_all_in_one_line(straight, small_disk, hosts):
     while not checkpoint.steps(workdir):
         assert process.poll() is None
         time.sleep(0.01)
-    with open(ballast, "wb") as file, contextlib.suppress(OSError):
+    with contextlib.suppress(OSError), open(ballast, "wb") as file:
         while True:
             file.write(b"\0" * 4096)
             file.flush()
