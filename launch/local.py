@@ -256,7 +256,7 @@ class Job:
             how, code = f"ended with exit code {code}", code
         else:
             how, code = f"was ended by {signal.Signals(-code).name}", 128 - code
-        where = f" at {host.sign.place}" if host.sign is not None else ""
+        where = f", last heard of at {host.sign.place}" if host.sign is not None else ""
         silent = [other for other in self._running() if other is not host and time.time() - other.heard > 10]
         also = f"; host {silent[0].index} had been silent since {at(silent[0].heard)}" if silent else ""
         return Failure(code, f"host {host.index} {how}{where}{also}")
@@ -272,9 +272,9 @@ class Job:
         for host in running:
             if now - host.heard > most:
                 self._blame(host)
-                place = f" at {host.sign.place}" if host.sign is not None else ""
-                silent = f"has given no sign of life since {at(host.heard)}, for {now - host.heard:.0f} s"
-                return Failure(HUNG, f"host {host.index} hangs{place}: it {silent}")
+                place = f", then at {host.sign.place}" if host.sign is not None else ""
+                silent = f"it has given no sign of life since {at(host.heard)}{place}"
+                return Failure(HUNG, f"host {host.index} hangs: {silent}")
         signs = [(host.sign, host) for host in running if host.sign is not None]
         if len(signs) == len(running) and all(s.hurried and now - s.since > most for s, _ in signs) and signs:
             sign, host = min(signs, key=lambda pair: pair[0].order)

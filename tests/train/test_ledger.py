@@ -68,6 +68,16 @@ def test_a_line_cut_short_by_a_crash_spoils_no_later_one(tmp_path):
     assert [json.loads(text)["step"] for text in (tmp_path / ledger.FILE).read_text().splitlines()] == [1, 2]
 
 
+def test_a_step_that_writes_no_row_is_kept_when_the_last_line_is_old(tmp_path):
+    book = Ledger(tmp_path)
+    book.go_on_from(0)
+    book.write(1)
+    for step in range(2, 6):
+        book._offset += 0.4 * ledger.SECONDS
+        book.keep_up(step)
+    assert [json.loads(text)["step"] for text in (tmp_path / ledger.FILE).read_text().splitlines()] == [1, 4]
+
+
 def test_what_is_said_at_the_end_names_every_cause():
     text = ledger.as_text(account([line(0, 90, 0, 4, training=60, start=30)], 100, 4))
     assert text.startswith("goodput 60.0% of 1:40: 60.0 s of training; lost seconds: start 30.0")

@@ -25,6 +25,7 @@ from tmljax.train.metrics import TIME, Row, clock, read_rows
 
 FILE = "time.jsonl"
 TRAINING = "training"
+SECONDS = 30.0  # between lines at most, but for a step that takes longer
 CAUSES = ("start", "restore", "data", "checkpoint", "evaluation", "redone", "down")
 
 Line = dict[str, Any]  # began, at: Unix times; first: step it went on from; step; spent: cause -> seconds
@@ -38,6 +39,7 @@ class Ledger:
         self._began = time.time() if began is None else began
         self._offset = time.time() - time.perf_counter()  # somebody may set the clock while we run
         self._since, self._claimed = self._began, 0.0
+        self._written = self._began
         self._spent: Counter[str] = Counter()
         self._otherwise = "start"  # where time goes that nobody claims
         self._first = 0
@@ -75,8 +77,13 @@ class Ledger:
         with open(self._path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         self.sums.update(self._spent)
-        self._spent = Counter()
+        self._spent, self._written = Counter(), self._since
         return as_row(self.sums)
+
+    def keep_up(self, step: int) -> None:
+        """Adds a line where the last is old: what a kill leaves unwritten counts as time that the run was down."""
+        if self._offset + time.perf_counter() - self._written > SECONDS:
+            self.write(step)
 
     def _settle(self) -> None:
         now = self._offset + time.perf_counter()

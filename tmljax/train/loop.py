@@ -194,6 +194,8 @@ def report(run: Run, step: int, metrics: Metrics, held_out: dict[str, float] | N
     if run.progress is not None:
         run.progress.advance()
     if not (held_out or step == 1 or step % config.log_every == 0 or step == config.steps):
+        if run.journal is not None:
+            run.ledger.keep_up(step)
         return
     row = as_row(step, jax.device_get(metrics) | (held_out or {})) | run.watch.read()
     if run.journal is not None and run.progress is not None:
