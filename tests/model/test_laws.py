@@ -107,7 +107,7 @@ def test_causality(params, batch, kind):
 
     def output(x_BPD):
         there_BP = jnp.ones(x_BPD.shape[:2], bool)
-        z_BPD, _ = model.trunk(x_BPD, jnp.asarray(batch["start"]), place_P2, there_BP, there_BP, None)
+        z_BPD, _ = model.trunk(x_BPD, jnp.asarray(batch["start"]), place_P2, there_BP, None)
         if kind == "speech":
             z_BD, size = z_BPD[:, at[layout.slots - 2]], len(x_BPD)
             return jnp.sum(model.flow_head.endpoint(z_BD, jnp.ones((size, 320)), jnp.full(size, 0.5)) ** 2)
