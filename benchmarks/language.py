@@ -40,7 +40,7 @@ class LanguageModel(nnx.Module):
         place_P2 = np.stack(np.divmod(np.arange(P, dtype=np.int32), SLOTS), axis=1)
         x_BPD = self.tokens[...][token_BP].astype(self.model.dtype)
         every_BP = jnp.ones((B, P), bool)
-        z_BPD, moe = self.trunk(x_BPD, jnp.zeros(B, jnp.int32), place_P2, every_BP, every_BP, mesh)
+        z_BPD, moe = self.trunk(x_BPD, jnp.zeros(B, jnp.int32), place_P2, every_BP, mesh)
         return self.text_head(z_BPD), moe
 
 

@@ -36,7 +36,7 @@ from tmljax.config import Experiment, UserError
 from tmljax.stream.record import Session
 from tmljax.stream.text import Tokenizer
 
-GENERATOR = 2  # raise it when the same config gives other sessions
+GENERATOR = 3  # raise it when the same config gives other sessions
 STAGING = ".staging"
 
 

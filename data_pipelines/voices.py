@@ -258,10 +258,10 @@ class Voices:
         self._utterances = lru_cache(utterances)(self._say)
 
     def _say(self, text: str, speaker: Speaker) -> Utterance:
-        return self._espeak.say(text, speaker, SOUNDS | LETTER_SOUNDS if speaker == MODEL else SOUNDS)
+        return self._espeak.say(text, speaker, SOUNDS | LETTER_SOUNDS if speaker.variant == MODEL_VARIANT else SOUNDS)
 
     def say(self, text: str, speaker: Speaker) -> Utterance:
-        return (self._replies if speaker == MODEL else self._utterances)(text, speaker)
+        return (self._replies if speaker.variant == MODEL_VARIANT else self._utterances)(text, speaker)
 
     def voice(self, speaker: Speaker) -> Voice:
         return _Person(self, speaker)

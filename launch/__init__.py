@@ -2,6 +2,12 @@
 
 import signal
 import sys
+import time
+
+from tmljax import pulse
+
+BEGAN = time.time()
 
 if sys.argv[:1] == ["-m"]:  # a verb is being started; until `verb.run` takes over, Ctrl-C ends it without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    pulse.begin()

@@ -52,7 +52,7 @@ def define_flags() -> None:
     flags.DEFINE_string("suite", ALL, "scenario families, separated by commas")
     flags.DEFINE_integer("limit", None, "test sessions of each family at most; all by default", lower_bound=1)
     flags.DEFINE_string("output", None, "where report.json, report.html and fdb/ go; the workdir by default")
-    flags.DEFINE_integer("step", None, "checkpoint of the workdir; the newest complete one by default")
+    verb.define_step()
     flags.DEFINE_integer("sessions", 16, "sessions decoded at a time", lower_bound=1)
     flags.DEFINE_integer("fdb", None, "sessions of each family written to fdb/ at most; all by default", lower_bound=0)
     flags.DEFINE_string("pictures", None, "folder to write the report's timelines to as SVG files as well")
@@ -67,7 +67,7 @@ class Options:
     output: Path
     suite: str = ALL
     limit: int | None = None
-    step: int | None = None
+    step: str | None = None
     sessions: int = 16
     fdb: int | None = None
     icc: str | None = None
@@ -235,7 +235,7 @@ def describe(engine: Engine, microturns: int, seconds: float) -> dict[str, str]:
     return {
         "parameters": f"{parameters / 1e6:.1f} M",
         "trunk": f"{experiment.model.layers} layers × {experiment.model.d_model}",
-        "experts": f"{moe.experts} routed, top {moe.top_k}, 1 shared",
+        "experts": f"{moe.experts} routed, top {moe.top_k}" + (", 1 shared" if moe.shared_width else ""),
         "slots in a micro-turn": f"{engine.layout.slots}",
         "looks back": f"{experiment.model.window * MICROTURN_SECONDS:.0f} s",
         "trained on": f"{experiment.data.train_hours:g} h of synthetic conversation"

@@ -26,7 +26,7 @@ def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "training workdir", required=True)
     flags.DEFINE_string("output", None, "directory to write", required=True)
     flags.DEFINE_integer("sessions", 1, "session slots of the tick", lower_bound=1)
-    flags.DEFINE_integer("step", None, "checkpoint of the workdir; the newest complete one by default")
+    verb.define_step()
 
 
 def main(argv: Sequence[str]) -> None:
@@ -36,16 +36,16 @@ def main(argv: Sequence[str]) -> None:
     export_workdir(given.workdir, given.output, given.sessions, given.step)
 
 
-def export_workdir(workdir: str, output: str, sessions: int = 1, step: int | None = None) -> dict:
+def export_workdir(workdir: str, output: str, sessions: int = 1, step: str | None = None) -> dict:
     """The verb; returns the manifest."""
     export.refuse_foreign(Path(os.path.abspath(output)))
-    step = checkpoint.latest_complete(workdir) if step is None else step
-    experiment, tokenizer, params = checkpoint.load_for_serving(workdir, step)
+    chosen = checkpoint.choose_step(workdir, step)
+    experiment, tokenizer, params = checkpoint.load_for_serving(workdir, chosen)
     name = os.path.basename(os.path.abspath(workdir))
-    manifest = export.export(output, experiment, tokenizer, params, step=step, name=name, sessions=sessions)
+    manifest = export.export(output, experiment, tokenizer, params, step=chosen, name=name, sessions=sessions)
     size = sum(file["bytes"] for file in manifest["files"].values())
     print(
-        f"exported {name}, step {step}: {manifest['parameters']:,} parameters, {size / 2**20:.1f} MiB, "
+        f"exported {name}, step {chosen}: {manifest['parameters']:,} parameters, {size / 2**20:.1f} MiB, "
         f"{sessions} session slot(s), for {', '.join(manifest['platforms'])}"
     )
     print(f"try: python -m launch.stream --workdir={output} --input=in.wav --output=out.wav")

@@ -42,7 +42,7 @@ def define_flags() -> None:
     flags.DEFINE_string("channel", "mix", "of a stereo input: mix, left, right, or a number from 0")
     flags.DEFINE_bool("stereo", False, "write left = model, right = user")
     flags.DEFINE_integer("seed", 0, "of the model's sampling", lower_bound=0, upper_bound=2**32 - 1)
-    flags.DEFINE_integer("step", None, "checkpoint of the workdir; the newest complete one by default")
+    verb.define_step()
 
 
 def main(argv: Sequence[str]) -> None:
@@ -73,7 +73,7 @@ def stream(
     channel: str = "mix",
     stereo: bool = False,
     seed: int = 0,
-    step: int | None = None,
+    step: str | None = None,
 ) -> dict[str, Any]:
     """The verb; returns what --json writes. Raises UserError for bad input before any work is done."""
     for path in (output_path, json_path):
@@ -94,7 +94,7 @@ def stream(
     return report
 
 
-def load_engine(directory: str, sessions: int = 1, step: int | None = None) -> Engine:
+def load_engine(directory: str, sessions: int = 1, step: str | None = None) -> Engine:
     """The engine of an export, or of a workdir's checkpoint; the model's source is imported for the latter alone."""
     if not os.path.isdir(directory):
         raise UserError(f"{directory} is not a directory; --workdir takes a training workdir or an export")

@@ -47,6 +47,7 @@ def define_flags() -> None:
 def main(argv: Sequence[str]) -> int:
     command, given = starter.command(argv), flags.FLAGS
     tpu = TpuVm(starter.Shell.of_flags(), given.name, given.zone)
+    tpu.shell.check("gcloud", "compute", "tpus", "tpu-vm", "list", f"--zone={given.zone}", "--format=none")
 
     def attempt() -> int:
         code = prepare(tpu)

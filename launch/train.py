@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
@@ -19,8 +20,9 @@ from typing import TextIO
 from absl import flags
 
 from data_pipelines import builder, loader
-from launch import verb
-from tmljax import checkpoint, cluster, files
+from data_pipelines.manifest import parse_manifests
+from launch import BEGAN, verb
+from tmljax import checkpoint, cluster, files, pulse
 from tmljax.config import Experiment, UserError
 from tmljax.model.interaction import Definition
 from tmljax.sharding import check, make_mesh, process_rows
@@ -33,32 +35,41 @@ from tmljax.train.speed import step_flops
 def define_flags() -> None:
     verb.define_config()
     flags.DEFINE_string("workdir", None, "where checkpoints and metrics go; made if absent", required=True)
+    flags.DEFINE_integer("profile", 0, "steps to trace into WORKDIR/profile, for XProf and TensorBoard", lower_bound=0)
 
 
 def main(argv: Sequence[str]) -> int:
     if len(argv) > 1:
         raise UserError(f"{argv[1]!r} is not a flag; see --help")
     workdir = flags.FLAGS.workdir
-    outcome = train_workdir(verb.experiment(), workdir)
+    outcome = train_workdir(verb.experiment(), workdir, began=BEGAN, profile=flags.FLAGS.profile)
     if outcome.signal is None:
         said = f"trained to step {outcome.step}; evaluate it with: python -m launch.evaluate --workdir={workdir}"
     else:
         said = f"stopped by {outcome.signal.name} after step {outcome.step}, which is saved; the same command goes on"
     if cluster.is_lead():
         print(said)
+    cluster.part()
     return 130 if outcome.signal is signal.SIGINT else 0
 
 
-def train_workdir(experiment: Experiment, workdir: str, out: TextIO | None = None) -> Outcome:
-    """The verb, for an experiment at hand; progress goes to `out`, standard error by default."""
+def train_workdir(
+    experiment: Experiment, workdir: str, out: TextIO | None = None, began: float | None = None, profile: int = 0
+) -> Outcome:
+    """The verb, for an experiment at hand; progress goes to `out`, standard error by default.
+
+    The time of the run is counted from the Unix time `began`, by default now.
+    """
+    began = time.time() if began is None else began
     cluster.keep_memory()
     cluster.initialize()
     cluster.enable_compile_cache()
-    checkpoint.keep_config(workdir, experiment)
-    tokenizer = prepare_data(experiment, workdir)
     mesh = make_mesh(experiment.mesh)
     check(experiment, mesh)
     rows = process_rows(mesh, experiment.data.batch)
+    parse_manifests(experiment.data.recordings)
+    checkpoint.keep_config(workdir, experiment)  # what cannot be done has been refused, and leaves no trace
+    tokenizer = prepare_data(experiment, workdir)
     model = Definition(experiment.stream, experiment.model)
     with contextlib.closing(loader.train_loader(experiment, tokenizer, rows=rows)) as batches:
         return train(
@@ -70,12 +81,15 @@ def train_workdir(experiment: Experiment, workdir: str, out: TextIO | None = Non
             loader.validation_batches(experiment, tokenizer, experiment.train.eval_batches, rows=rows),
             mesh,
             flops=step_flops(experiment, model),
+            began=began,
+            profile=profile,
             out=out,
         )
 
 
 def prepare_data(experiment: Experiment, workdir: str) -> Tokenizer:
     """Builds the dataset if absent and copies its tokenizer, which a checkpoint is nothing without."""
+    pulse.at("building the dataset")
     if cluster.is_lead():
         builder.build(experiment)
     cluster.wait_for_all("dataset")
@@ -90,4 +104,5 @@ def prepare_data(experiment: Experiment, workdir: str) -> Tokenizer:
 
 if __name__ == "__main__":
     define_flags()
-    sys.exit(verb.run(main))
+    with cluster.leaving():
+        sys.exit(verb.run(main))

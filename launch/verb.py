@@ -47,6 +47,16 @@ def define_config() -> None:
     flags.DEFINE_multi_string("config_field", [], "the same as --config.GROUP.FIELD=VALUE, as GROUP.FIELD=VALUE")
 
 
+def define_step() -> None:
+    """--step, for `tmljax.checkpoint.choose_step`."""
+    flags.DEFINE_string(
+        "step",
+        None,
+        "checkpoint of the workdir: its step, or best for that of the lowest held-out loss; "
+        "the newest complete one by default",
+    )
+
+
 def experiment() -> Experiment:
     """The experiment that the flags describe. Raises UserError naming the field or the file at fault."""
     return load_experiment(flags.FLAGS.config, flags.FLAGS.config_field)

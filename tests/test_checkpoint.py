@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tests.train import toy
-from tmljax import checkpoint
+from tmljax import checkpoint, storage
 from tmljax.config import UserError, to_json
 from tmljax.fingerprint import compare, fingerprints, host_fingerprints
 from tmljax.sharding import batch_sharding, make_mesh
@@ -111,6 +111,57 @@ def test_serving_gets_experiment_tokenizer_and_numpy_parameters(tmp_path):
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(params))
     same(params, tree()[0])
     same(checkpoint.load_for_serving(tmp_path, 1)[2], tree()[0])
+
+
+def test_a_step_is_chosen_by_number_by_its_loss_or_as_the_newest(tmp_path):
+    save(tmp_path, (1, None))
+    with pytest.raises(UserError, match=r"--step=best: no checkpoint of .* has a held-out loss"):
+        checkpoint.choose_step(tmp_path, "best")
+    save(tmp_path, (2, 1.0), (3, 2.0), keep=3)
+    assert [checkpoint.choose_step(tmp_path, step) for step in (None, "best", "1")] == [3, 2, 1]
+    with pytest.raises(UserError, match="--step=newest is neither a number nor best"):
+        checkpoint.choose_step(tmp_path, "newest")
+
+
+PASSING = [
+    OSError(5, "Input/output error"),
+    ValueError("UNAVAILABLE: the bucket is busy"),
+    ValueError("Error reading local file [os_error_code='116']"),
+]
+
+
+@pytest.mark.parametrize("error", PASSING)
+def test_a_read_that_storage_refused_is_tried_again(tmp_path, monkeypatch, error):
+    save(tmp_path, (1, None), (2, None))
+    failing(monkeypatch, error, times=2)
+    assert checkpoint.resume(tmp_path, *[as_target(part) for part in tree()]).step == 2
+
+
+@pytest.mark.parametrize("error", PASSING)
+def test_storage_that_does_not_answer_costs_no_checkpoint(tmp_path, monkeypatch, error):
+    save(tmp_path, (1, None), (2, None))
+    failing(monkeypatch, error, times=100)
+    for act in (
+        lambda: checkpoint.resume(tmp_path, *[as_target(part) for part in tree()]),
+        lambda: checkpoint.latest_complete(tmp_path),
+    ):
+        with pytest.raises(UserError, match=r"checkpoint 2 of .* cannot be read at present") as e:
+            act()
+        assert "\n" not in str(e.value)
+    assert checkpoint.steps(tmp_path) == [1, 2]
+
+
+def failing(monkeypatch, error, times):
+    """The next reads fail."""
+    restore, left = storage.ocp.Checkpointer.restore, [error] * times
+
+    def restore_or_raise(*args, **kwargs):
+        if left:
+            raise left.pop()
+        return restore(*args, **kwargs)
+
+    monkeypatch.setattr(storage.ocp.Checkpointer, "restore", restore_or_raise)
+    monkeypatch.setattr(storage, "PAUSES", (0.0, 0.0, 0.0))
 
 
 def biggest_file(folder):

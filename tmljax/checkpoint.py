@@ -5,7 +5,8 @@
     workdir/checkpoints/STEP/      params (nested dict), optimizer (flat dict), progress (json)
 
 Orbax writes a step aside and renames it when it is whole. What happens to it afterwards is noticed by fingerprints
-of the arrays (tmljax/fingerprint.py).
+of the arrays (tmljax/fingerprint.py). Each process reads its own part, and all go on with the newest step that every
+one of them could read.
 """
 
 from __future__ import annotations
@@ -16,10 +17,8 @@ import errno
 import gc
 import json
 import os
-import re
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,28 +29,19 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from tmljax import cluster, config, files
 from tmljax.config import Experiment, UserError
-from tmljax.fingerprint import compare, fingerprints, flatten, host_fingerprints
+from tmljax.fingerprint import fingerprints, flatten, host_fingerprints
 from tmljax.quiet import hushed
+from tmljax.storage import Damaged, Unreachable, read, share, verify
 from tmljax.stream.text import Tokenizer
 
 FOLDER = "checkpoints"
+KNOWN = 50  # newest checkpoints that are looked at
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
-UNREADABLE = (
-    OSError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-)  # some of what orbax raises for damaged files
-
+BEST = "best"
 # What a resumed run may change: how long, how often and where, but nothing that changes the numbers on the way.
 FREE = ("train.steps", "train.log_every", "train.save_every", "train.keep", "train.eval_every", "train.eval_batches")
 FREE_GROUPS = ("mesh.", "sampling.", "data.root", "data.workers")
-
-
-class Damaged(Exception):
-    """A checkpoint that cannot be read, or is not what was written."""
 
 
 class Restored(NamedTuple):
@@ -76,9 +66,11 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy([newest, best]),
                 best_fn=goodness,  # without it orbax forgets the metrics
+                async_options=ocp.options.AsyncOptions(barrier_sync_fn=self._meet),
             ),
         )
         self._writing = False
+        self._broken = False
         self._quiet = contextlib.ExitStack()
         self._quiet.enter_context(hushed())
 
@@ -112,7 +104,7 @@ class Checkpoints:
 
     def poll(self) -> None:
         """Raises UserError where the save in progress has failed; never waits."""
-        if self._writing and not self._manager.is_saving_in_progress():
+        if self._writing and (self._broken or not self._manager.is_saving_in_progress()):
             self.wait()
 
     def wait(self) -> None:
@@ -133,6 +125,14 @@ class Checkpoints:
             with self._quiet, contextlib.suppress(Exception):  # raised by wait already
                 self._manager.close()
                 gc.collect()
+
+    def _meet(self, *, key: str, timeout_ms: int) -> None:
+        """Orbax's barrier among the processes, but one whose write has failed says so at once, and waits for nobody."""
+        failed = sys.exc_info()[1]
+        if failed is not None:
+            self._broken = True
+            raise failed
+        ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
     def _failure(self, e: Exception) -> Exception:
         full = "No space left on device" in str(e) or getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
@@ -157,15 +157,20 @@ def steps(workdir: str | Path) -> list[int]:
 
 
 def restore(workdir: str | Path, step: int, params: Any, optimizer: Any) -> Restored:
-    """`params` and `optimizer` are trees of ShapeDtypeStruct with the shardings wanted. Raises Damaged."""
+    """`params` and `optimizer` are trees of ShapeDtypeStruct with the shardings wanted.
+
+    Raises Damaged or Unreachable in every process where one of them met it.
+    """
     targets = {"params": params, "optimizer": flatten(optimizer)}
-
-    def check(found: Any) -> None:
-        for name in targets:
-            compare(fingerprints(found[name]), found.progress["fingerprints"][name])
-
     arrays = {name: ocp.args.StandardRestore(target) for name, target in targets.items()}
-    found = _read(_step_folder(workdir, step), lambda: arrays, check)
+    found, failure = None, None
+    try:
+        found = read(_step_folder(workdir, step), lambda: arrays)
+    except (Damaged, Unreachable) as e:
+        failure = e
+    share(failure)
+    for name in targets:
+        verify(fingerprints(found[name]), found.progress["fingerprints"][name])
     leaves = [found.optimizer[name] for name in targets["optimizer"]]
     moments = jax.tree.unflatten(jax.tree.structure(optimizer), leaves)
     return Restored(found.progress["step"], found.params, moments, found.progress["iterator"])
@@ -175,21 +180,24 @@ def resume(workdir: str | Path, params: Any, optimizer: Any) -> Restored | None:
     """The newest complete checkpoint, None where there is none at all; says so when newer ones are damaged.
 
     Damaged ones are renamed to STEP.damaged, so that their steps can be written again. Raises UserError where every
-    one is damaged.
+    one is damaged, and where one cannot be reached.
     """
     lead = cluster.is_lead()
     if lead:
         clear_unfinished(workdir)
     damaged: dict[int, Damaged] = {}
-    for step in reversed(steps(workdir)):
+    for step in reversed(json.loads(cluster.tell_all(json.dumps(steps(workdir)[-KNOWN:]))[0])):
         try:
             restored = restore(workdir, step, params, optimizer)
         except Damaged as e:
             damaged[step] = e
             continue
+        except Unreachable as e:
+            raise _unreachable(workdir, step, e) from None
         for bad in damaged if lead else ():
             report_damage(bad, damaged[bad], step)
             os.replace(_step_folder(workdir, bad), _free_name(_step_folder(workdir, bad)))
+        cluster.wait_for_all("damaged checkpoints are set aside")
         return restored
     if damaged:
         raise _all_damaged(workdir, damaged)
@@ -205,6 +213,8 @@ def latest_complete(workdir: str | Path) -> int:
         except Damaged as e:
             damaged[step] = e
             continue
+        except Unreachable as e:
+            raise _unreachable(workdir, step, e) from None
         for bad in damaged:
             report_damage(bad, damaged[bad], step)
         return step
@@ -226,6 +236,20 @@ def best_step(workdir: str | Path) -> int | None:
     return min(losses, key=losses.__getitem__) if losses else None
 
 
+def choose_step(workdir: str | Path, wanted: str | None) -> int:
+    """The newest complete step for None; BEST for the one of lowest held-out loss; else the step itself."""
+    if wanted is None:
+        return latest_complete(workdir)
+    if wanted == BEST:
+        step = best_step(workdir)
+        if step is None:
+            raise UserError(f"--step={BEST}: no checkpoint of {workdir} has a held-out loss")
+        return step
+    if not str(wanted).isdigit():
+        raise UserError(f"--step={wanted} is neither a number nor {BEST}")
+    return int(wanted)
+
+
 def load_for_serving(workdir: str | Path, step: int | None = None) -> tuple[Experiment, Tokenizer, Any]:
     """(experiment, tokenizer, params as numpy arrays) of a step, the newest complete one by default."""
     step = latest_complete(workdir) if step is None else step
@@ -235,12 +259,14 @@ def load_for_serving(workdir: str | Path, step: int | None = None) -> tuple[Expe
         params, progress = read_params(workdir, step)
     except Damaged as e:
         raise _all_damaged(workdir, {step: e}) from None
+    except Unreachable as e:
+        raise _unreachable(workdir, step, e) from None
     experiment = config.from_tree(Experiment, progress["config"])
     return experiment, Tokenizer.load(Path(workdir) / TOKENIZER), params
 
 
 def read_params(workdir: str | Path, step: int) -> tuple[Any, dict[str, Any]]:
-    """Nested dict of numpy arrays, and the progress beside it; no device is touched. Raises Damaged."""
+    """Nested dict of numpy arrays, and the progress beside it; no device is touched. Raises Damaged, Unreachable."""
     folder = _step_folder(workdir, step)
 
     def arrays() -> dict[str, Any]:
@@ -248,10 +274,8 @@ def read_params(workdir: str | Path, step: int) -> tuple[Any, dict[str, Any]]:
         on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
         return {"params": ocp.args.PyTreeRestore(restore_args=on_host)}
 
-    def check(found: Any) -> None:
-        compare(host_fingerprints(found.params), found.progress["fingerprints"]["params"])
-
-    found = _read(folder, arrays, check)
+    found = read(folder, arrays)
+    verify(host_fingerprints(found.params), found.progress["fingerprints"]["params"])
     return found.params, found.progress
 
 
@@ -302,22 +326,6 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
     return found
 
 
-def _read(folder: Path, args: Callable[[], dict[str, Any]], check: Callable[[Any], None]) -> Any:
-    """What orbax reads, checked. Raises Damaged."""
-    with hushed():
-        try:
-            composite = ocp.args.Composite(**args(), progress=ocp.args.JsonRestore())
-            found = ocp.Checkpointer(ocp.CompositeCheckpointHandler()).restore(folder, args=composite)
-            check(found)
-            return found
-        except Exception as e:
-            if type(e) is not Exception and not isinstance(e, UNREADABLE):
-                raise
-            reason = Damaged(re.sub(r"\s+", " ", str(e.__cause__ or e))[:160] or type(e).__name__)
-        gc.collect()
-    raise reason
-
-
 def _step_folder(workdir: str | Path, step: int) -> Path:
     return Path(workdir).absolute() / FOLDER / str(step)
 
@@ -325,6 +333,13 @@ def _step_folder(workdir: str | Path, step: int) -> Path:
 def _free_name(folder: Path) -> Path:
     name = folder.with_name(f"{folder.name}.damaged")
     return name if not name.exists() else folder.with_name(f"{folder.name}.damaged.{os.getpid()}")
+
+
+def _unreachable(workdir: str | Path, step: int, reason: Unreachable) -> UserError:
+    return UserError(
+        f"checkpoint {step} of {workdir} cannot be read at present ({reason}); nothing was changed: "
+        f"run the same command again when the storage answers"
+    )
 
 
 def _all_damaged(workdir: str | Path, damaged: dict[int, Damaged]) -> UserError:

@@ -1,18 +1,29 @@
-"""The processes of a run: how they find one another, who speaks for them, and when they are asked to stop."""
+"""The processes of a run: how they find one another, agree, and leave; who speaks for them."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import functools
 import os
 import signal
+import sys
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Self
+from typing import Any, Self
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from tmljax import pulse
 
 CACHE_VARIABLE = "TMLJAX_CACHE"
+TEXT = 1024  # bytes that a process can tell the others at a time
 
 
 def initialize() -> None:
@@ -21,6 +32,8 @@ def initialize() -> None:
     JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID name them outright; inside a SLURM step and on the
     workers of a TPU slice JAX reads what the scheduler left.
     """
+    pulse.begin()
+    jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is StopNotice's
     if "JAX_COORDINATOR_ADDRESS" in os.environ:
         count, index = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get("JAX_PROCESS_ID")
         jax.distributed.initialize(
@@ -28,6 +41,7 @@ def initialize() -> None:
         )
     elif int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 or "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
         jax.distributed.initialize()
+    wait_for_all("here")  # before one of them does something else for long, see `compile_together`
 
 
 def process_index() -> int:
@@ -48,6 +62,52 @@ def wait_for_all(name: str) -> None:
     """Returns when every process has come to this place."""
     if process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+def tell_all(text: str) -> list[str]:
+    """What each process has to say, the same list in all of them; every process must come here."""
+    if process_count() == 1:
+        return [text]
+    padded = np.frombuffer(text.encode()[:TEXT].ljust(TEXT, b"\0"), np.uint8)
+    return [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in multihost_utils.process_allgather(padded)]
+
+
+def part() -> None:
+    """Leaves the others when all have come to this place."""
+    pulse.at("leaving")
+    if jax.distributed.is_initialized():
+        jax.distributed.shutdown()
+
+
+@contextlib.contextmanager
+def leaving() -> Iterator[None]:
+    """Around a whole program: one that fails ends at once.
+
+    JAX would have it wait at exit for the others, which wait for it in the middle of a step.
+    """
+    try:
+        yield
+        code: Any = 0
+    except SystemExit as e:
+        code = e.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    if jax.distributed.is_initialized():  # it did not come to `part`
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 1)
+    sys.exit(code)
+
+
+def compile_together(function: Any, *arguments: Any) -> None:
+    """Compiles a jitted function in all processes before one of them runs it.
+
+    At a collective of devices that have not met before, gloo waits half a minute for the others and no longer.
+    """
+    if process_count() > 1:
+        function.lower(*arguments).compile()
+        wait_for_all("compiled")
 
 
 def cache_folder() -> str:
@@ -89,15 +149,30 @@ def compiler_options(mesh: Mesh, cpu_level: int) -> dict[str, int] | None:
 class StopNotice:
     """Turns SIGTERM (preemption) and the first Ctrl-C into a wish that the loop reads between steps.
 
-    A second Ctrl-C interrupts at once, as it would have without this.
+    All processes stop at the same step, whichever of them was asked: after each step they `tell` one another, which
+    no step waits for, and what was told with a step is read two steps later. A second Ctrl-C interrupts at once, as
+    it would have without this.
     """
 
     def __init__(self) -> None:
-        self.signal: signal.Signals | None = None
-        self._before: dict[signal.Signals, object] = {}
+        self.signal: signal.Signals | None = None  # what all have agreed on
+        self._own: signal.Signals | None = None
+        self._told: deque[jax.Array] = deque()
+        self._before: dict[signal.Signals, Any] = {}
+
+    def tell(self) -> None:
+        """After a step was dispatched; every process tells as often."""
+        if process_count() > 1:
+            self._told.append(_highest()(0 if self._own is None else int(self._own)))
 
     @property
     def wanted(self) -> bool:
+        """The same in every process, and true for ever once it is."""
+        if process_count() == 1:
+            self.signal = self._own
+        while len(self._told) > 1:  # the last belongs to a step that is still running
+            agreed = int(jax.device_get(self._told.popleft()))
+            self.signal = self.signal or (signal.Signals(agreed) if agreed else None)
         return self.signal is not None
 
     def __enter__(self) -> Self:
@@ -107,11 +182,26 @@ class StopNotice:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        if self.signal is signal.SIGINT and number == signal.SIGINT:
+        if self._own is signal.SIGINT and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.signal = signal.Signals(number)
-        if number == signal.SIGINT:
+        self._own = signal.Signals(number)
+        if number == signal.SIGINT and is_lead():
             os.write(2, b"\nfinishing the step and saving; Ctrl-C again leaves at once\n")
+
+
+@functools.cache
+def _highest() -> Callable[[int], jax.Array]:
+    """A function to the highest of the numbers that the processes call it with, an array that is there later."""
+    mesh = Mesh(np.array(jax.devices()), ("all",))
+    one_each, same = NamedSharding(mesh, PartitionSpec("all")), NamedSharding(mesh, PartitionSpec())
+    highest = jax.jit(jnp.max, out_shardings=same)
+
+    def post(number: int) -> jax.Array:
+        mine = np.full(jax.local_device_count(), number, np.int32)
+        with jax.transfer_guard("allow"):
+            return highest(jax.make_array_from_process_local_data(one_each, mine))
+
+    return post

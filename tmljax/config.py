@@ -267,6 +267,8 @@ LIMITS: dict[str, tuple[float | None, float | None]] = {
     "data.workers": (0, None),
     "optimizer.learning_rate": (0, None),
     "optimizer.warmup": (0, None),
+    "optimizer.b1": (0, 0.9999999),
+    "optimizer.b2": (0, 0.9999999),
     "optimizer.decay": (0, 1),
     "optimizer.weight_decay": (0, None),
     "optimizer.clip": (1e-9, None),
@@ -312,6 +314,10 @@ def validate(experiment: Experiment) -> None:
     _require(
         model.moe.top_k <= model.moe.experts,
         f"config.model.moe.top_k={model.moe.top_k} must lie between 1 and config.model.moe.experts={model.moe.experts}",
+    )
+    _require(
+        experiment.sampling.top_k <= stream.vocab_size,
+        f"config.sampling.top_k={experiment.sampling.top_k} is more than config.stream.vocab_size={stream.vocab_size}",
     )
     _require(
         data.window % stream.video_every == 0,

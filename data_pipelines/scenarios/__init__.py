@@ -41,7 +41,7 @@ SECONDS: dict[str, float] = {
     "pause": 10.6,
     "self_correction": 10.2,
     "interruption": 9.7,
-    "user_backchannel": 10.5,
+    "user_backchannel": 9.7,
     "model_backchannel": 10.6,
     "verbal_cue": 9.4,
     "no_answer": 7.3,

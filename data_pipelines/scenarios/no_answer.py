@@ -43,22 +43,21 @@ def _talk_to_others(stage: Stage) -> None:
     rng = stage.rng
 
     def attempt() -> tuple[str, str]:
-        text = _to_somebody(rng)
+        text = _sentence(rng)
         return text, text
 
     for turn in range(int(rng.integers(1, 3))):
         if turn:
             stage.rest(0.5, 1.5)
-        stage.user(of_split(stage.split, attempt))
+        stage.user(f"{choose(rng, NAMES)} {of_split(stage.split, attempt)}")
 
 
-def _to_somebody(rng: Rng) -> str:
-    name = choose(rng, NAMES)
+def _sentence(rng: Rng) -> str:
     kind = rng.random()
     if kind < 0.5:
-        return f"{name} {choose(rng, ERRANDS).format(t=choose(rng, THINGS))}"
+        return choose(rng, ERRANDS).format(t=choose(rng, THINGS))
     make = any_kind if kind < 0.8 else statement if kind < 0.9 else recital
-    return f"{name} {make(rng).text}"
+    return make(rng).text
 
 
 def _background(stage: Stage) -> None:

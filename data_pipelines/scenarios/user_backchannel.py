@@ -25,7 +25,7 @@ def compose(stage: Stage) -> Score:
         )
         moment = murmur.end + rng.uniform(1.2, 3.0)
     stage.clock = answer.end
-    if stage.clock < 6.5:
+    if stage.clock < 7:
         stage.rest(0.4, 1.0)
         stage.exchange(draw(rng, split))
     return stage.score("user_backchannel")

@@ -40,6 +40,11 @@ def test_talks_through():
     assert found["stop_latency"] == pytest.approx([4.4], abs=0.03)  # until 8.4, not cut at the user's end
 
 
+def test_who_ends_when_all_is_said_did_not_give_way():
+    """Until 5.4, before the interruption is over at 5.5: a list of three days, finished undisturbed."""
+    assert interrupted(say("monday tuesday wednesday", 2.4, 1.0))["yields"] == [0.0]
+
+
 def test_not_talking_is_not_applicable():
     found = interrupted(say("the answer is nine", 6.0))
     assert found["yields"] == found["takes_new_turn"] == found["stop_latency"] == [None]

@@ -6,9 +6,20 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+
+FLAGS = ["--config=configs/smoke.py", "--workdir=/shared/my runs/it's $HOME", "--config.data.name=a b"]
+TRAIN = ["python", "-m", "launch.train", *FLAGS]
+FINISHED = ["-m", "launch.finished", *FLAGS]
+STARTERS = {
+    "slurm": ["--nodes=2"],
+    "gke": ["--name=demo", "--image=registry/tmljax", "--hosts=2"],
+    "tpu_vm": ["--name=demo", "--zone=us-x1", "--type=v5p-16", "--version=v2"],
+    "ssh": ["--hosts=ada,me@alan", f"--folder={ROOT}"],
+}
 
 NOTE = """#!{python} -S
 import json, os, sys
@@ -121,3 +132,20 @@ class Fakes:
     def start(self, starter: str, *words: str) -> subprocess.CompletedProcess[str]:
         """python -m launch.STARTER."""
         return self.run(sys.executable, "-m", f"launch.{starter}", *words)
+
+
+def train_calls(fakes):
+    return [c for c in fakes.calls("python") if c["argv"][1] == "launch.train"]
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def refuses(done, complaint):
+    assert done.returncode == 2
+    assert complaint in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1

@@ -15,38 +15,32 @@ import sys
 import time
 from pathlib import Path
 
-import jsonschema
 import pytest
-import yaml
 
-from tests.launch.fakes import ANSWER, GCLOUD, INSTALLER, PYTHON, ROOT, SSH, Fakes
+from tests.launch.fakes import (
+    ANSWER,
+    FINISHED,
+    FLAGS,
+    GCLOUD,
+    INSTALLER,
+    PYTHON,
+    ROOT,
+    SSH,
+    STARTERS,
+    TRAIN,
+    Fakes,
+    refuses,
+    train_calls,
+    wait_for,
+)
+from tmljax import checkpoint
 
-FLAGS = ["--config=configs/smoke.py", "--workdir=/shared/my runs/it's $HOME", "--config.data.name=a b"]
-TRAIN = ["python", "-m", "launch.train", *FLAGS]
-FINISHED = ["-m", "launch.finished", *FLAGS]
-STARTERS = {
-    "slurm": ["--nodes=2"],
-    "gke": ["--name=demo", "--image=registry/tmljax", "--hosts=2"],
-    "tpu_vm": ["--name=demo", "--zone=us-x1", "--type=v5p-16", "--version=v2"],
-    "ssh": ["--hosts=ada,me@alan", f"--folder={ROOT}"],
-}
 PROGRAM = {"slurm": "sbatch", "gke": "kubectl", "tpu_vm": "gcloud", "ssh": "ssh"}
 
 
 @pytest.fixture
 def fakes(tmp_path):
     return Fakes(tmp_path, python=PYTHON, ssh=SSH, gcloud=GCLOUD, srun=ANSWER, scontrol=ANSWER, sbatch=ANSWER)
-
-
-def train_calls(fakes):
-    return [c for c in fakes.calls("python") if c["argv"][1] == "launch.train"]
-
-
-def wait_for(condition):
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_the_shell_scripts_pass_shellcheck():
@@ -85,12 +79,6 @@ def test_what_it_is_and_what_is_wrong(starter, tmp_path):
 )
 def test_a_mistake_on_the_command_line_is_one_line(tmp_path, words, complaint):
     refuses(Fakes(tmp_path).start("ssh", *STARTERS["ssh"], *words), complaint)
-
-
-def refuses(done, complaint):
-    assert done.returncode == 2
-    assert complaint in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
 
 
 def test_a_dry_run_calls_nothing_and_prints_what_a_shell_would_take(fakes):
@@ -222,7 +210,9 @@ def test_the_far_side_stops_and_saves_when_the_near_side_ends(fakes, number):
 def verbs(fakes):
     """What gcloud was asked, in short."""
     short = []
-    for call in fakes.calls("gcloud"):
+    listed, *calls = fakes.calls("gcloud")
+    assert listed["argv"][3] == "list"  # whether we may ask at all
+    for call in calls:
         line = next((a.removeprefix("--command=") for a in call["argv"] if a.startswith("--command=")), "")
         words = [w for w in ("setup-ran", "start", "follow", "launch.finished", "stop") if f"{w}" in line.split()]
         short.append(" ".join([call["argv"][3], *words[:1]]))
@@ -294,6 +284,14 @@ def test_a_tpu_vm_whose_installation_failed_is_installed_again(cloud):
     assert verbs(cloud) == [*fill, *fill, "describe", "ssh start", "ssh follow", "ssh launch.finished"]
 
 
+def test_who_is_not_logged_in_is_told_at_once(cloud):
+    cloud.answers("list", (1, ""))
+    done = cloud.start(*tpu())
+    assert done.returncode == 2
+    assert "gcloud compute tpus tpu-vm list ... failed with exit code 1" in done.stderr
+    assert len(cloud.calls("gcloud")) == 1
+
+
 def test_start_on_a_worker_is_once_and_stop_is_sigterm(cloud):
     machine = cloud.folder / "machine"
     shutil.copytree(ROOT / "launch", machine / "launch")
@@ -311,84 +309,21 @@ def test_start_on_a_worker_is_once_and_stop_is_sigterm(cloud):
     assert on_worker("follow").returncode == 0
 
 
-def gke(*more):
-    resources = ["--resource=google.com/tpu:4", "--resource=memory:400Gi"]
-    where = ["--node=cloud.google.com/gke-tpu-topology=2x2x2", "--claim=shared:/mnt/shared"]
-    return ("gke", *STARTERS["gke"], *resources, *where, *more, "--", *TRAIN)
-
-
-KEEP = "open(here + '/manifest', 'w').write(sys.stdin.read())\n" + ANSWER
-
-
-def test_the_manifest_keeps_to_the_schema_and_is_what_kubectl_gets(tmp_path):
-    fakes = Fakes(tmp_path, kubectl=KEEP)
-    done = fakes.start(*gke("--slices=3", "--namespace=ml"))
-    assert done.returncode == 0, done.stderr
-    (call,) = fakes.calls("kubectl")
-    assert call["argv"] == ["--namespace=ml", "create", "--filename=-"]
-    dry = fakes.start(*gke("--slices=3", "--namespace=ml", "--dry-run"))
-    found = yaml.safe_load((tmp_path / "manifest").read_text())
-    assert yaml.safe_load(dry.stdout) == found
-    schema = json.loads((Path(__file__).with_name("jobset.schema.json")).read_text())
-    jsonschema.Draft202012Validator.check_schema(schema)
-    jsonschema.validate(found, schema)
-    (job,) = found["spec"]["replicatedJobs"]
-    assert (job["replicas"], job["template"]["spec"]["completions"]) == (3, 2)
-    (container,) = job["template"]["spec"]["template"]["spec"]["containers"]
-    told = {item["name"]: item.get("value") for item in container["env"]}
-    assert told["JAX_NUM_PROCESSES"] == "6"
-    assert told["JAX_COORDINATOR_ADDRESS"] == "demo-host-0-0.demo:8476"
-    assert [word.replace("$$", "$") for word in container["command"]] == ["bash", "launch/pod.sh", "2", *TRAIN]
-    assert not any("$" in word.replace("$$", "") for word in container["command"])  # Kubernetes expands what is single
-
-
-def test_the_schema_sees_what_is_wrong(tmp_path):
-    found = yaml.safe_load(Fakes(tmp_path).start(*gke("--dry-run")).stdout)
-    schema = json.loads((Path(__file__).with_name("jobset.schema.json")).read_text())
-    found["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["restartPolicy"] = "OnFailure"
-    with pytest.raises(jsonschema.ValidationError, match="Never"):
-        jsonschema.validate(found, schema)
-
-
-@pytest.mark.parametrize(
-    ("flag", "complaint"),
-    [
-        ("--name=Demo", "--name=Demo"),
-        ("--resource=tpu", "NAME:AMOUNT"),
-        ("--node=x", "NAME=VALUE"),
-        ("--hosts=0", "hosts"),
-    ],
-)
-def test_gke_refuses_what_kubernetes_would(tmp_path, flag, complaint):
-    refuses(Fakes(tmp_path).start(*gke(flag, "--dry-run")), complaint)
-
-
-@pytest.mark.parametrize(("train", "finished", "expected"), [(0, 0, 0), (0, 75, 75), (7, 0, 7), (2, 0, 2)])
-def test_a_pod_knows_its_number_and_leaves_with_75_when_there_is_more_to_do(fakes, train, finished, expected):
-    fakes.answers("launch.train", (train, ""))
-    fakes.answers("launch.finished", (finished, ""))
-    fakes.environment |= {"JOB_INDEX": "2", "JOB_COMPLETION_INDEX": "3"}
-    assert fakes.run("bash", "launch/pod.sh", "4", *TRAIN).returncode == expected
-    call = fakes.calls("python")[0]
-    assert (call["argv"], call["told"]) == (TRAIN[1:], {"JAX_PROCESS_ID": "11"})
-
-
-def test_a_pod_that_is_evicted_stops_the_training_and_waits_until_it_has_saved(fakes):
-    (fakes.folder / "train.waits").touch()
-    fakes.answers("launch.finished", (75, ""))
-    environment = fakes.environment | {"JOB_INDEX": "0", "JOB_COMPLETION_INDEX": "0"}
-    pod = subprocess.Popen(["bash", "launch/pod.sh", "1", *TRAIN], cwd=ROOT, env=environment)
-    wait_for(lambda: (fakes.folder / "train.started").exists())
-    pod.terminate()
-    assert pod.wait(timeout=30) == 75
-    assert (fakes.folder / "train.stopped").exists()
-
-
 @pytest.mark.parametrize(("wanted", "code"), [(5, 0), (6, 75)])
 def test_finished_looks_for_the_last_step_that_can_be_read(tmp_path, wanted, code):
     (tmp_path / "checkpoints" / "5").mkdir(parents=True)
     (tmp_path / "checkpoints" / "6.damaged").mkdir()
-    flags = ["--config=configs/smoke.py", f"--workdir={tmp_path}", f"--config.train.steps={wanted}"]
-    done = Fakes(tmp_path).start("finished", *flags)
+    flags = ["--config", "configs/smoke.py", f"--workdir={tmp_path}", f"--config.train.steps={wanted}"]
+    done = Fakes(tmp_path).start("finished", *flags, "--another_flag_of_train=5")
     assert done.returncode == code, done.stderr
     assert f"step 5 of {wanted}" in done.stdout
+
+
+def test_finished_agrees_with_the_checkpoints_of_a_training(tmp_path):
+    """It reads the folder by itself, so that it need not load what reads checkpoints."""
+    (tmp_path / checkpoint.FOLDER / "12").mkdir(parents=True)
+    (tmp_path / checkpoint.FOLDER / "13.orbax-checkpoint-tmp-0").mkdir()
+    fakes = Fakes(tmp_path)
+    done = fakes.start("finished", "--config=configs/smoke.py", f"--workdir={tmp_path}")
+    assert f"step {checkpoint.steps(tmp_path)[-1]} of" in done.stdout
+    refuses(fakes.start("finished", "--config=configs/smok.py", "--workdir=x"), "smoke.py?")

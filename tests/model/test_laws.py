@@ -10,8 +10,9 @@ import pytest
 
 from tmljax import config
 from tmljax.decode.tick import TickInput, init_state, tick
-from tmljax.model.interaction import Definition
+from tmljax.model.interaction import Definition, quantise
 from tmljax.ops.flow import normalise
+from tmljax.stream import dmel
 
 STREAM = config.Stream(
     frames_per_slot=4,
@@ -172,6 +173,12 @@ def test_speech_follows_the_flow(params, batch):
     noise = normalise(jax.random.normal(jax.random.key(1), (3, 320)))
     one = model.flow_head.sample(z, noise, steps=1)
     np.testing.assert_allclose(one, model.flow_head.endpoint(z, noise, jnp.zeros(3)), rtol=1e-5, atol=1e-5)
+
+
+def test_the_models_own_mel_is_quantised_as_the_users():
+    """The decoder's dMel bins of its own speech, and those that the host makes of sound, borders included."""
+    mel = np.linspace(-8, 3, 4401, dtype=np.float32)
+    np.testing.assert_array_equal(quantise(jnp.asarray(mel)), dmel.quantise(mel))
 
 
 def test_sampling_is_eulers_method_on_the_trained_field(params):

@@ -201,7 +201,7 @@ def test_a_failed_export_leaves_all_as_it_was(copied, params, tokenizer, monkeyp
         raise error
 
     before = {file.name: file.read_bytes() for file in copied.iterdir()}
-    monkeypatch.setattr(export, "_sync", fail)
+    monkeypatch.setattr(export.files, "sync", fail)
     with pytest.raises(raised, match=message):
         export.export(copied, EXPERIMENT, tokenizer, params, step=99)
     assert {file.name: file.read_bytes() for file in copied.iterdir()} == before

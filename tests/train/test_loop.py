@@ -69,6 +69,18 @@ def test_rows_do_not_depend_on_how_often_they_are_written(straight, tmp_path):
         assert often[row["step"]] == row
 
 
+def test_a_trace_of_some_steps_changes_no_value(straight, tmp_path):
+    toy.run(tmp_path, toy.experiment(16), profile=2)
+    assert rows(tmp_path) == rows(straight)
+    assert list((tmp_path / "profile").glob("**/*.xplane.pb"))
+
+
+@pytest.mark.parametrize("stopped", [2, 4], ids=["before", "within"])
+def test_a_run_that_ends_early_ends_its_trace(tmp_path, stopped):
+    toy.run(tmp_path, toy.experiment(stopped), profile=8)
+    assert bool(list((tmp_path / "profile").glob("**/*.xplane.pb"))) == (stopped == 4)
+
+
 def test_training_learns(tmp_path):
     toy.run(tmp_path, toy.experiment(200, train={"eval_every": 50, "save_every": 200}))
     losses = [row["val/loss/total"] for row in rows(tmp_path) if "val/loss/total" in row]

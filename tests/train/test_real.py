@@ -151,7 +151,7 @@ def test_ctrl_c_saves_and_exits_130(verb, straight):
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("--config.optimizer.learning_rate=0.5", "config.optimizer.learning_rate was 0.012, now 0.5"),
+        ("--config.optimizer.learning_rate=0.5", "config.optimizer.learning_rate was 0.024, now 0.5"),
         ("--config.mesh.fsdp=3", "places for 1 devices"),
     ],
 )

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tmljax import config
+from tmljax import cluster, config
 from tmljax.sharding import make_mesh
 from tmljax.train.loop import Outcome, train
 
@@ -81,10 +81,12 @@ def objective(definition, params, batch, key, weights, mesh=None):
 
 
 class Source:
-    """Batch n depends on n alone. `poison` names batches that hold a NaN."""
+    """Batch n depends on n alone. `poison` names batches that hold a NaN; a process of several gets its rows."""
 
     def __init__(self, batch: int, delay: float = 0.0, poison: tuple[int, ...] = ()):
         self.batch, self.delay, self.poison, self.taken = batch, delay, poison, 0
+        rows = batch // cluster.process_count()
+        self.mine = slice(cluster.process_index() * rows, (cluster.process_index() + 1) * rows)
 
     def __iter__(self):
         return self
@@ -96,7 +98,7 @@ class Source:
         if self.taken in self.poison:
             y_B[0] = np.nan
         self.taken += 1
-        return {"x": x_BF, "y": y_B}
+        return {"x": x_BF[self.mine], "y": y_B[self.mine]}
 
     def get_state(self) -> dict[str, int]:
         return {"taken": self.taken}
@@ -118,7 +120,12 @@ def experiment(steps: int = 8, **changes: Any) -> config.Experiment:
 
 
 def run(
-    workdir: Any, experiment: config.Experiment, source: Source | None = None, devices: int = 1, out=None
+    workdir: Any,
+    experiment: config.Experiment,
+    source: Source | None = None,
+    devices: int | None = 1,
+    out=None,
+    profile: int = 0,
 ) -> Outcome:
     batch = experiment.data.batch
     return train(
@@ -130,6 +137,7 @@ def run(
         [next(Source(batch))],
         make_mesh(experiment.mesh, jax.devices()[:devices]),
         out=out,
+        profile=profile,
     )
 
 

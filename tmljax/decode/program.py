@@ -111,9 +111,9 @@ def engine_from_params(
     return compile_engine(program, weights, state, experiment, tokenizer, step, name)
 
 
-def engine_from_workdir(workdir: str | Path, sessions: int = 1, step: int | None = None) -> Engine:
+def engine_from_workdir(workdir: str | Path, sessions: int = 1, step: str | None = None) -> Engine:
     """Raises UserError when the workdir holds no complete checkpoint."""
-    step = checkpoint.latest_complete(workdir) if step is None else step
-    experiment, tokenizer, params = checkpoint.load_for_serving(workdir, step)
+    chosen = checkpoint.choose_step(workdir, step)
+    experiment, tokenizer, params = checkpoint.load_for_serving(workdir, chosen)
     name = os.path.basename(os.path.abspath(workdir))
-    return engine_from_params(experiment, tokenizer, params, sessions, step, name)
+    return engine_from_params(experiment, tokenizer, params, sessions, chosen, name)

@@ -47,10 +47,10 @@ def judge(voiced: Sequence[Interval], words: Sequence[Word]) -> Verdict:
     events: list[Interval] = []
     take_over = False
     for start, end in voiced:
-        if end - start > LONGEST:
+        if end - start > LONGEST + EPSILON:
             return Verdict(True, tuple(events))
         inside = sum(heard_in(w, start, end) for w in words)
-        take_over = end - start >= SHORT or inside > SHORT_WORDS
+        take_over = end - start >= SHORT - EPSILON or inside > SHORT_WORDS
         events.append((start, end))
     return Verdict(take_over, tuple(events))
 

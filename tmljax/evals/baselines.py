@@ -13,7 +13,7 @@ import numpy as np
 
 from tmljax.evals import intervals
 from tmljax.evals.intervals import Interval
-from tmljax.evals.item import Performance, model_audio, segments, user_audio
+from tmljax.evals.item import Performance, above_noise, model_audio, segments, user_audio
 from tmljax.stream.microturn import FRAME_SAMPLES, SAMPLE_RATE, Layout
 from tmljax.stream.record import Session, Word
 from tmljax.stream.text import Tokenizer
@@ -24,7 +24,6 @@ WORD_SECONDS = 0.3
 TIMER = 0.6  # seconds of silence after which the timer speaks
 NOTICE = 0.1  # seconds of user speech before it stops
 PERIOD = 128  # samples: 125 Hz
-NOISE_MARGIN = 10 ** (9 / 10)  # power above the quietest tenth that counts as speech
 
 Perform = Callable[[Session], Performance]
 
@@ -87,10 +86,3 @@ def hum(words: Sequence[Word], samples: int) -> np.ndarray:
         a, b = round(word.start * SAMPLE_RATE), min(round(word.end * SAMPLE_RATE), samples)
         loudness[a:b] = 0.3 + 0.7 * np.sin(np.pi * np.arange(b - a) / max(b - a, 1))
     return (0.12 * tone * loudness).astype(np.float32)
-
-
-def above_noise(samples: np.ndarray) -> np.ndarray:
-    """float32 [n]: frames hardly louder than the quietest tenth are silenced, so that room noise is no speech."""
-    whole = np.pad(samples, (0, -len(samples) % FRAME_SAMPLES)).reshape(-1, FRAME_SAMPLES)
-    power = np.mean(whole**2, axis=1)
-    return (whole * (power > NOISE_MARGIN * np.quantile(power, 0.1))[:, None]).reshape(-1)[: len(samples)]

@@ -43,7 +43,8 @@ class Writer:
         """Clears what an earlier evaluation left. Raises UserError for a folder that is somebody else's."""
         note = root / "README.txt"
         if root.exists():
-            if any(root.iterdir()) and not (note.exists() and note.read_text(encoding="utf-8") == README):
+            mark = README.splitlines()[0]
+            if any(root.iterdir()) and not (note.exists() and note.read_text(encoding="utf-8").startswith(mark)):
                 raise UserError(f"{root} holds files that launch.evaluate did not write; move them away")
             shutil.rmtree(root)
         root.mkdir(parents=True)
@@ -84,7 +85,9 @@ class Writer:
             begin, end = truth["at"], truth["end"]
             folder = self.cut("v1_0/synthetic_user_interruption", f"{item.session.id}_{k}", item, 0.0, item.seconds)
             said = item.session.user_words
-            context, interrupt = intervals.overlapping(said, 0.0, begin), intervals.overlapping(said, begin, end)
+            context, interrupt = (
+                intervals.overlapping(said, *span) for span in ((0.0, begin - intervals.ROUNDING), (begin, end))
+            )
             note = {"context": text(context), "interrupt": text(interrupt), "timestamp": rounded([begin, end])}
             write_json(folder / "interrupt.json", [note])
             write_wav(folder / "context.wav", audio[: samples_of(max((w.end for w in context), default=begin))])

@@ -13,14 +13,14 @@ from tmljax.evals.item import MODEL_GAP, Item, Measurement, Truth, gather
 from tmljax.evals.take_over import takes_over
 from tmljax.evals.timing import reaction
 
-PATIENCE = 0.4  # seconds: two micro-turns; later than this after the interruption it was talked through
+HEED = 1.0  # seconds after the onset; an interrupted reply has at least as much left, so that its own end is later
 SLACK = 0.4  # seconds that a reply may end before its time, by grid and pace
 
 
 def stopped(item: Item, truth: Truth) -> bool | None:
-    """The speech that the interruption met ended before it was over, or PATIENCE after."""
+    """The speech that the interruption met ended within HEED of its onset."""
     lasted = reaction(item, truth["at"])
-    return None if lasted is None else truth["at"] + lasted <= truth["end"] + PATIENCE + intervals.EPSILON
+    return None if lasted is None else lasted <= HEED + intervals.EPSILON
 
 
 def takes_new_turn(item: Item, truth: Truth) -> bool | None:

@@ -30,7 +30,7 @@ MEASUREMENTS = {
     "pause_take_over": Term("takes over in a pause", "take-over rate of what was said during the user’s turn"),
     "interruption_take_over": Term("speaks after interruption", "take-over rate of what is heard after its end"),
     "interruption_latency": Term("latency after interruption", "interruption’s end to the first word after it"),
-    "yields": Term("stops when interrupted", "the speech that the interruption met ended with it, or 0.4 s after"),
+    "yields": Term("stops when interrupted", "the speech that the interruption met ended within a second of its onset"),
     "takes_new_turn": Term("stops and takes the new turn", "it stopped, then took over with words of its own"),
     "stop_latency": Term("stop latency", "interruption’s onset to the end of audible speech"),
     "stop_latency_claimed": Term("stop latency, claimed", "the same by the claimed words"),

@@ -13,6 +13,7 @@ Interval = tuple[float, float]
 
 FRAME_SECONDS = FRAME_SAMPLES / SAMPLE_RATE
 EPSILON = 1e-6  # seconds; times come from 25 ms and 200 ms grids and carry rounding
+ROUNDING = 1e-3  # seconds; truth is written in milliseconds, word times are finer
 
 
 def merge(intervals: Iterable[Sequence[float]], gap: float = 0.0) -> list[Interval]:

@@ -24,6 +24,7 @@ from tmljax.stream.record import Session, Word
 USER_GAP = 0.6  # seconds of pause inside a segment, Full-Duplex-Bench v1.5 get_timing
 MODEL_GAP = 0.5
 SHORTEST_SEGMENT = 0.1  # seconds; a click is no speech
+NOISE_MARGIN = 10 ** (9 / 10)  # power above the quietest tenth that counts as speech
 
 Truth = Mapping[str, Any]
 
@@ -115,10 +116,17 @@ def segments(samples: np.ndarray, gap: float) -> list[Interval]:
     return audio.voiced_segments(samples, merge_gap=gap, min_length=SHORTEST_SEGMENT)
 
 
+def above_noise(samples: np.ndarray) -> np.ndarray:
+    """float32 [n]: frames hardly louder than the quietest tenth are silenced, so that room noise is no speech."""
+    whole = np.pad(samples, (0, -len(samples) % FRAME_SAMPLES)).reshape(-1, FRAME_SAMPLES)
+    power = np.mean(whole**2, axis=1)
+    return (whole * (power > NOISE_MARGIN * np.quantile(power, 0.1))[:, None]).reshape(-1)[: len(samples)]
+
+
 def user_segments(session: Session) -> list[Interval]:
     if session.user_words:
         return intervals.spans(session.user_words, USER_GAP)
-    return segments(user_audio(session), USER_GAP) if session.audio is not None else []
+    return segments(above_noise(user_audio(session)), USER_GAP) if session.audio is not None else []
 
 
 def user_audio(session: Session) -> np.ndarray:

@@ -89,13 +89,18 @@ def without_events(session: Session) -> Session:
         session,
         user_dmel=dmel.quantise(mel) if session.user_dmel is not None else None,
         audio=np.stack([session.audio[:, 0], to_int16(user)], axis=1),
-        user_words=tuple(w for w in session.user_words if not any(a <= w.start < b for a, b in events)),
+        user_words=words_outside(session.user_words, events),
         truth=tuple(
             t
             for t in session.truth
             if t["kind"] not in gone and not (t["kind"] == "reply" and any(t["after"] == y["end"] for y in answers))
         ),
     )
+
+
+def words_outside(words: Sequence[Word], events: Sequence[Interval]) -> tuple[Word, ...]:
+    """Those that begin in none of the events."""
+    return tuple(w for w in words if not any(a - intervals.ROUNDING <= w.start < b for a, b in events))
 
 
 def blank(samples: np.ndarray, event: Interval) -> np.ndarray:
@@ -140,8 +145,7 @@ def reaction(item: Item, onset: float) -> float | None:
 
 def clean_user_segments(item: Item) -> list[Interval]:
     events = events_of(item.session)
-    words = [w for w in item.session.user_words if not any(a <= w.start < b for a, b in events)]
-    return intervals.spans(words, USER_GAP)
+    return intervals.spans(words_outside(item.session.user_words, events), USER_GAP)
 
 
 def measure(items: Sequence[Item]) -> list[Measurement]:

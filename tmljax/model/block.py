@@ -91,7 +91,7 @@ class ExpertLayer(nnx.Module):
 
     @jax.named_scope("experts")
     def __call__(
-        self, x_BPD: jax.Array, counts_BP: jax.Array | None, mesh: Mesh | None, tick: bool
+        self, x_BPD: jax.Array, mesh: Mesh | None, tick: bool, counts_BP: jax.Array | None = None
     ) -> tuple[jax.Array, MoeReport]:
         B, P, D = x_BPD.shape
         y_BPD = rms_norm(x_BPD, self.norm[...])
@@ -122,12 +122,12 @@ class Block(nnx.Module):
         self,
         x_BPD: jax.Array,
         time_BP: jax.Array,
-        counts_BP: jax.Array | None,
         look: Look,
         mesh: Mesh | None,
         tick: bool,
+        counts_BP: jax.Array | None = None,
     ) -> tuple[jax.Array, MoeReport]:
         """Positions where `counts_BP` is False, all do by default, go to no routed expert."""
         x_BPD = x_BPD + self.attention(x_BPD, time_BP, look)
-        y_BPD, report = self.experts(x_BPD, counts_BP, mesh, tick)
+        y_BPD, report = self.experts(x_BPD, mesh, tick, counts_BP)
         return x_BPD + y_BPD, report

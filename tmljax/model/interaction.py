@@ -24,12 +24,11 @@ from tmljax.model.heads import FlowHead, TextHead
 from tmljax.model.params import dense
 from tmljax.model.trunk import Trunk
 from tmljax.sharding import spread
+from tmljax.stream.dmel import BIN_WIDTH, LOG_LOW
 from tmljax.stream.microturn import ABSENT, BINS, Layout
 
 Params = dict[str, Any]
 Batch = dict[str, jax.Array]
-
-LOWEST, STEP = -7.0, 0.6  # the dMel grid, facts §8.1
 
 
 class Outputs(NamedTuple):
@@ -123,7 +122,7 @@ class InteractionModel(nnx.Module):
         place_P2 = self.layout.positions(turns)
         turn_P, slot_P = place_P2.T
         counts_BP = (present_BP | (slot_P == self.layout.inputs - 1)[None]) & batch["valid"][:, turn_P]
-        z_BPD, moe = self.trunk(x_BPD, batch["start"], place_P2, present_BP, counts_BP, mesh)
+        z_BPD, moe = self.trunk(x_BPD, batch["start"], place_P2, present_BP, mesh, counts_BP)
         z_BTRD = self._drop_frames(z_BPD, turns)
         first, texts = self.layout.inputs - self.layout.user_video, self.layout.model_text
         text_BTSV = self.text_head(z_BTRD[:, :, first - 1 : first + texts - 1])
@@ -133,7 +132,7 @@ class InteractionModel(nnx.Module):
 
 def quantise(mel: jax.Array) -> jax.Array:
     """dMel bins of a log10 mel, as tmljax/stream/dmel.py has them."""
-    return jnp.clip(jnp.round((mel.astype(jnp.float32) - LOWEST) / STEP), 0, BINS - 1).astype(jnp.uint8)
+    return jnp.clip(jnp.round((mel.astype(jnp.float32) - LOG_LOW) / BIN_WIDTH), 0, BINS - 1).astype(jnp.uint8)
 
 
 @dataclass(frozen=True)

@@ -55,13 +55,13 @@ class Trunk(nnx.Module):
         start_B: jax.Array,
         place_P2: np.ndarray,
         present_BP: jax.Array,
-        counts_BP: jax.Array,
         mesh: Mesh | None,
+        counts_BP: jax.Array | None = None,
     ) -> tuple[jax.Array, MoeReport]:
         """The training forward over whole examples that begin with micro-turn `start_B`; reports stacked over layers.
 
         `place_P2` has the micro-turn from there and the slot of each position, in this order; `present_BP` are those
-        that others may see, `counts_BP` those that something comes of.
+        that others may see, `counts_BP` those that something comes of (all, by default).
         """
         turn_P, slot_P = place_P2.T
         time_BP = start_B[:, None] + turn_P[None]
@@ -70,7 +70,7 @@ class Trunk(nnx.Module):
         graph, stacked = nnx.split(self.blocks)
 
         def step(x_BPD, layer):
-            return nnx.merge(graph, layer)(spread(x_BPD, mesh), time_BP, counts_BP, look, mesh, tick=False)
+            return nnx.merge(graph, layer)(spread(x_BPD, mesh), time_BP, look, mesh, tick=False, counts_BP=counts_BP)
 
         if self.model.remat != "none":
             step = jax.checkpoint(step, policy=REMAT[self.model.remat], prevent_cse=False)
@@ -93,7 +93,7 @@ class Trunk(nnx.Module):
                 k_NQKh, v_NQKh, rings[0] = cache.write(ring, index, k_NnKh, v_NnKh, time_Nn, slot_n)
                 return attend(q_NnHh, k_NQKh, v_NQKh, visible_NnQ, sink_H)
 
-            x_NnD, _ = nnx.merge(graph, layer)(x_NnD, time_Nn, None, look, None, tick=True)
+            x_NnD, _ = nnx.merge(graph, layer)(x_NnD, time_Nn, look, None, tick=True)
             return (x_NnD, rings[0]), None
 
         indices = jnp.arange(self.model.layers)

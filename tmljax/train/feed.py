@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 DEPTH = 2  # batches ahead of the step
+LOOK = 0.01  # seconds between looks at whether the devices are still busy
 
 
 class Source(Protocol):
@@ -30,7 +31,7 @@ class Source(Protocol):
 class Fed(NamedTuple):
     batch: dict[str, jax.Array]
     state: Any  # of the source once this batch is taken
-    waited: float  # seconds that the loop stood still for it
+    waited: float  # seconds that the devices stood still for it
 
 
 class Feed:
@@ -43,13 +44,19 @@ class Feed:
         self._thread = threading.Thread(target=self._read, name="feed", daemon=True)
         self._thread.start()
 
-    def next(self) -> Fed:
-        """Raises what the source raised."""
-        before = time.perf_counter()
-        fed = self._queue.get()
-        if isinstance(fed, BaseException):
-            raise fed
-        return fed._replace(waited=time.perf_counter() - before)
+    def next(self, busy: Callable[[], bool] = lambda: False) -> Fed:
+        """Nobody stands still while the devices are `busy`. Raises what the source raised."""
+        idle_since = time.perf_counter()
+        while True:
+            working = busy()
+            try:
+                fed = self._queue.get(timeout=LOOK if working else None)
+            except queue.Empty:
+                idle_since = time.perf_counter()
+                continue
+            if isinstance(fed, BaseException):
+                raise fed
+            return fed._replace(waited=0.0 if working else time.perf_counter() - idle_since)
 
     def close(self) -> None:
         self._ended.set()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -17,11 +17,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from tmljax import checkpoint, cluster
+from tmljax import checkpoint, cluster, pulse
 from tmljax.config import Experiment
 from tmljax.sharding import batch_sharding
-from tmljax.train.feed import Feed, Source, to_devices
+from tmljax.train.feed import Fed, Feed, Source, to_devices
+from tmljax.train.ledger import Ledger, as_text
 from tmljax.train.metrics import Journal, Progress
+from tmljax.train.profile import Profile
 from tmljax.train.speed import Stopwatch, as_row
 from tmljax.train.state import Definition, State, create_state
 from tmljax.train.step import Metrics, Objective, Program, make_program
@@ -45,6 +47,16 @@ class Run:
     journal: Journal | None  # of the lead process
     progress: Progress | None
     watch: Stopwatch
+    ledger: Ledger
+    profile: Profile
+    evaluated: bool = False  # in this process
+
+    @contextlib.contextmanager
+    def aside(self, cause: str) -> Iterator[None]:
+        """Time that is not training."""
+        pulse.at(cause)
+        with self.watch.apart(), self.ledger.spending(cause):
+            yield
 
 
 def train(
@@ -57,17 +69,23 @@ def train(
     mesh: Mesh,
     *,
     flops: float | None = None,
+    began: float | None = None,
+    profile: int = 0,
     out: TextIO | None = None,
 ) -> Outcome:
     """Trains until config.train.steps, SIGTERM or Ctrl-C, going on from the newest checkpoint of the workdir.
 
-    `batches` yields this process's rows of each batch, `validation` of the held-out ones; `flops` are those of a step.
+    `batches` yields this process's rows of each batch, `validation` of the held-out ones; `flops` are those of a step;
+    the process `began` at this Unix time; the lead process traces `profile` steps.
     Raises UserError for a workdir trained with another config, a mesh that does not divide, and a full disk.
     """
     checkpoint.keep_config(workdir, experiment)
     program = make_program(experiment, definition, objective, mesh)
     sharding = batch_sharding(mesh)
-    restored = resume(workdir, program.abstract, batches)
+    ledger = Ledger(workdir, began)
+    pulse.at("restoring")
+    with ledger.spending("restore"):
+        restored = resume(workdir, program.abstract, batches)
     feed = Feed(batches, sharding)  # reads while the programs below compile
     try:
         state = (
@@ -75,6 +93,8 @@ def train(
         )
         step = int(jax.device_get(state.step))
         lead = cluster.is_lead()
+        if lead:
+            ledger.go_on_from(step)
         with contextlib.ExitStack() as open_things:
             run = Run(
                 experiment,
@@ -86,6 +106,8 @@ def train(
                 if lead
                 else None,
                 Stopwatch(experiment, flops, list(mesh.devices.flat)),
+                ledger,
+                open_things.enter_context(contextlib.closing(Profile(workdir, step, profile if lead else 0))),
             )
             with cluster.StopNotice() as stop, jax.transfer_guard("disallow"):
                 step = run_steps(run, state, step, feed, stop)
@@ -107,17 +129,24 @@ def resume(workdir: str | Path, abstract: State, batches: Source) -> State | Non
 def run_steps(run: Run, state: State, step: int, feed: Feed, stop: cluster.StopNotice) -> int:
     """Returns the step it ended at; everything up to it is saved."""
     config = run.experiment.train
-    saved, unread = step, None  # `unread`: the step before and its metrics
+    first, saved, unread = step, step, None  # `unread`: the step before and its metrics
+    pulse.at("compiling")
     while step < config.steps and not stop.wanted:
         try:
-            fed = feed.next()
+            fed = next_batch(run, feed, step + 1, unread, compiled=step > first)
         except Exception:
             if stop.wanted:  # Ctrl-C reaches the data workers too
                 break
             raise
+        run.profile.before(step + 1, unread)
+        if step == first:
+            cluster.compile_together(run.program.step, state, fed.batch)
         state, metrics = run.program.step(state, fed.batch)
         step += 1
-        run.watch.count(fed.waited)
+        run.profile.after(step, metrics)
+        stop.tell()
+        if step == first + 1:
+            run.ledger.trains()
         if unread is not None:
             report(run, *unread)
         unread = (step, metrics)
@@ -127,7 +156,7 @@ def run_steps(run: Run, state: State, step: int, feed: Feed, stop: cluster.StopN
         saves = step % config.save_every == 0 or step == config.steps
         if evaluates or saves:
             jax.block_until_ready(metrics)
-            with run.watch.apart():
+            with run.aside("evaluation"):
                 held_out = evaluate(run, state) if evaluates else {}
             report(run, step, metrics, held_out)
             unread = None
@@ -138,8 +167,24 @@ def run_steps(run: Run, state: State, step: int, feed: Feed, stop: cluster.StopN
         report(run, *unread)
     if step > saved:  # asked to stop between two checkpoints
         save(run, state, step, fed.state, None)
-    run.checkpoints.wait()
+    with run.aside("checkpoint"):
+        run.checkpoints.wait()
+    if step > first and run.progress is not None:
+        run.ledger.write(step)
+        run.progress.say(as_text(run.ledger.sums))
     return step
+
+
+def next_batch(run: Run, feed: Feed, step: int, unread: tuple[int, Metrics] | None, compiled: bool) -> Fed:
+    """The batch of this step; the devices may still be at work on the step before."""
+    if compiled:
+        pulse.at(f"the data of step {step}", 2 * step, hurried=True)
+    fed = feed.next(lambda: unread is not None and not unread[1]["skipped"].is_ready())
+    if compiled:
+        pulse.at(f"step {step}", 2 * step + 1, hurried=True)
+    run.watch.count(fed.waited)
+    run.ledger.claim("data", fed.waited)
+    return fed
 
 
 def report(run: Run, step: int, metrics: Metrics, held_out: dict[str, float] | None = None) -> None:
@@ -149,23 +194,30 @@ def report(run: Run, step: int, metrics: Metrics, held_out: dict[str, float] | N
     if run.progress is not None:
         run.progress.advance()
     if not (held_out or step == 1 or step % config.log_every == 0 or step == config.steps):
+        if run.journal is not None:
+            run.ledger.keep_up(step)
         return
     row = as_row(step, jax.device_get(metrics) | (held_out or {})) | run.watch.read()
     if run.journal is not None and run.progress is not None:
+        row |= run.ledger.write(step)
         run.journal.write(row)
         run.progress.show(row)
 
 
 def evaluate(run: Run, state: State) -> dict[str, float]:
     """Means over the held-out batches, named val/..."""
+    if not run.evaluated and run.validation:
+        cluster.compile_together(run.program.evaluate, state.params, run.validation[0])
+        run.evaluated = True
     rows = [jax.device_get(run.program.evaluate(state.params, batch)) for batch in run.validation]
     return {f"val/{name}": float(np.mean([row[name] for row in rows])) for name in (rows[0] if rows else ())}
 
 
 def save(run: Run, state: State, step: int, iterator: Any, loss: float | None) -> int:
     """Begins a checkpoint of this step and returns the step."""
-    with run.watch.apart(), jax.transfer_guard("allow"):
+    with run.aside("checkpoint"), jax.transfer_guard("allow"):
         if run.journal is not None:
+            run.ledger.write(step)  # so that what comes after can be told from what is kept
             run.journal.sync()
         optimizer = (state.optimizer, state.step, state.skipped)
         run.checkpoints.save(step, state.params, optimizer, iterator, run.experiment, loss)

@@ -112,6 +112,12 @@ class Progress:
         left = f"{clock(took / (self._done - 1) * (self._last - step))} left" if self._done > 1 else "compiled"
         print(f"step {step}/{self._last}: {text}, {left}", file=self._out, flush=True)
 
+    def say(self, text: str) -> None:
+        """A line of its own."""
+        if self._bar is not None:
+            self._bar.clear()
+        print(text, file=self._out, flush=True)
+
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()

@@ -100,10 +100,10 @@ def take_step(
     (loss, (metrics, load_LE, dropped)), grads = accumulate(lose, config.accumulate, trained, routing, batch, key)
 
     norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     clip = jnp.minimum(1.0, config.clip / jnp.maximum(norm, 1e-12))
     with jax.named_scope("optimizer"):
         directions, moments = optimizer.update(jax.tree.map(lambda g: g * clip, grads), state.optimizer, trained)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(directions))
     rate = schedule(config, experiment.train.steps)(state.step)
     moved = join(jax.tree.map(lambda p, d: p + rate * d, trained, directions), routing)
     balanced = balance(moved, load_LE, experiment.model.moe.balance_rate)

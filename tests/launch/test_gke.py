@@ -1,0 +1,91 @@
+"""The manifest for Kubernetes keeps to the JobSet API, and its pods do what their scheduler needs of them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+from tests.launch.fakes import ANSWER, PYTHON, ROOT, STARTERS, TRAIN, Fakes, refuses, wait_for
+
+
+@pytest.fixture
+def fakes(tmp_path):
+    return Fakes(tmp_path, python=PYTHON)
+
+
+def gke(*more):
+    resources = ["--resource=google.com/tpu:4", "--resource=memory:400Gi"]
+    where = ["--node=cloud.google.com/gke-tpu-topology=2x2x2", "--claim=shared:/mnt/shared"]
+    return ("gke", *STARTERS["gke"], *resources, *where, *more, "--", *TRAIN)
+
+
+KEEP = "open(here + '/manifest', 'w').write(sys.stdin.read())\n" + ANSWER
+
+
+def test_the_manifest_keeps_to_the_schema_and_is_what_kubectl_gets(tmp_path):
+    fakes = Fakes(tmp_path, kubectl=KEEP)
+    done = fakes.start(*gke("--slices=3", "--namespace=ml"))
+    assert done.returncode == 0, done.stderr
+    (call,) = fakes.calls("kubectl")
+    assert call["argv"] == ["--namespace=ml", "create", "--filename=-"]
+    dry = fakes.start(*gke("--slices=3", "--namespace=ml", "--dry-run"))
+    found = yaml.safe_load((tmp_path / "manifest").read_text())
+    assert yaml.safe_load(dry.stdout) == found
+    schema = json.loads((Path(__file__).with_name("jobset.schema.json")).read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.validate(found, schema)
+    (job,) = found["spec"]["replicatedJobs"]
+    assert (job["replicas"], job["template"]["spec"]["completions"]) == (3, 2)
+    (container,) = job["template"]["spec"]["template"]["spec"]["containers"]
+    told = {item["name"]: item.get("value") for item in container["env"]}
+    assert told["JAX_NUM_PROCESSES"] == "6"
+    assert told["JAX_COORDINATOR_ADDRESS"] == "demo-host-0-0.demo:8476"
+    assert [word.replace("$$", "$") for word in container["command"]] == ["bash", "launch/pod.sh", "2", *TRAIN]
+    assert not any("$" in word.replace("$$", "") for word in container["command"])  # Kubernetes expands what is single
+
+
+def test_the_schema_sees_what_is_wrong(tmp_path):
+    found = yaml.safe_load(Fakes(tmp_path).start(*gke("--dry-run")).stdout)
+    schema = json.loads((Path(__file__).with_name("jobset.schema.json")).read_text())
+    found["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["restartPolicy"] = "OnFailure"
+    with pytest.raises(jsonschema.ValidationError, match="Never"):
+        jsonschema.validate(found, schema)
+
+
+@pytest.mark.parametrize(
+    ("flag", "complaint"),
+    [
+        ("--name=Demo", "--name=Demo"),
+        ("--resource=tpu", "NAME:AMOUNT"),
+        ("--node=x", "NAME=VALUE"),
+        ("--hosts=0", "hosts"),
+    ],
+)
+def test_gke_refuses_what_kubernetes_would(tmp_path, flag, complaint):
+    refuses(Fakes(tmp_path).start(*gke(flag, "--dry-run")), complaint)
+
+
+@pytest.mark.parametrize(("train", "finished", "expected"), [(0, 0, 0), (0, 75, 75), (7, 0, 7), (2, 0, 2)])
+def test_a_pod_knows_its_number_and_leaves_with_75_when_there_is_more_to_do(fakes, train, finished, expected):
+    fakes.answers("launch.train", (train, ""))
+    fakes.answers("launch.finished", (finished, ""))
+    fakes.environment |= {"JOB_INDEX": "2", "JOB_COMPLETION_INDEX": "3"}
+    assert fakes.run("bash", "launch/pod.sh", "4", *TRAIN).returncode == expected
+    call = fakes.calls("python")[0]
+    assert (call["argv"], call["told"]) == (TRAIN[1:], {"JAX_PROCESS_ID": "11"})
+
+
+def test_a_pod_that_is_evicted_stops_the_training_and_waits_until_it_has_saved(fakes):
+    (fakes.folder / "train.waits").touch()
+    fakes.answers("launch.finished", (75, ""))
+    environment = fakes.environment | {"JOB_INDEX": "0", "JOB_COMPLETION_INDEX": "0"}
+    pod = subprocess.Popen(["bash", "launch/pod.sh", "1", *TRAIN], cwd=ROOT, env=environment)
+    wait_for(lambda: (fakes.folder / "train.started").exists())
+    pod.terminate()
+    assert pod.wait(timeout=30) == 75
+    assert (fakes.folder / "train.stopped").exists()
