@@ -16,9 +16,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.name = "quickstart"
     config.data.train_hours = 12.0
     config.data.test_per_family = 24
-    config.train.steps = 900
-    config.optimizer.warmup = 80
-    config.train.save_every = 150
-    config.train.eval_every = 150
+    config.train.steps = 600
+    config.optimizer.warmup = 60
+    config.train.save_every = 100
+    config.train.eval_every = 100
     config.train.eval_batches = 2
     return config

@@ -1,0 +1,95 @@
+"""Does a model know what to say, or does it hear itself say it? One JSON line for each way of feeding its speech back.
+
+    python -m benchmarks.feedback --workdir=runs/demo [--suite=turn_taking,user_backchannel] [--limit=16]
+
+Test sessions are streamed with text as the model writes it, and with its own mel as it makes it ("made"), as it is in
+the data ("true"), or silent ("silent"). The share of replies whose content is right should hardly differ: where "true"
+is far above "made", training has shown the model something in its own speech that it does not put there itself.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import numpy as np
+from absl import flags
+
+from data_pipelines.builder import open_split
+from launch import verb
+from tmljax import checkpoint
+from tmljax.config import UserError
+from tmljax.decode.tick import TickInput, init_state, tick
+from tmljax.evals.content import contains
+from tmljax.evals.intervals import overlapping
+from tmljax.model.interaction import Definition
+from tmljax.stream.dmel import SILENCE_MEL
+from tmljax.stream.record import Session
+from tmljax.stream.text import Tokenizer
+from tmljax.stream.weave import Streams, cut, text_of, weave
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("workdir", None, "training workdir", required=True)
+    flags.DEFINE_list("suite", ["turn_taking", "user_backchannel", "visual_question"], "scenario families")
+    flags.DEFINE_integer("limit", 16, "test sessions of each", lower_bound=1)
+
+
+def main(argv: Sequence[str]) -> None:
+    given = flags.FLAGS
+    experiment, tokenizer, params = checkpoint.load_for_serving(
+        given.workdir, checkpoint.latest_complete(given.workdir)
+    )
+    model, split = Definition(experiment.stream, experiment.model), open_split(experiment, "test")
+    for family in given.suite:
+        sessions = [s for s in (split[i] for i in range(len(split))) if s.family == family][: given.limit]
+        if not sessions:
+            raise UserError(f"--suite={family}: the test split has no such family")
+        every = experiment.stream.video_every
+        length = max(-(-s.frames // (8 * every)) * every for s in sessions)
+        woven = [cut(weave(s, model.layout, tokenizer), 0, length) for s in sessions]
+        batch = {name: np.stack([one[name] for one in woven]) for name in woven[0]}
+        run = jax.jit(partial(tick, model, sampling=experiment.sampling))
+        shares = {fed: right(sessions, speak(run, model, params, batch, fed), tokenizer) for fed in FED}
+        print(json.dumps({"benchmark": "feedback", "family": family, "sessions": len(sessions), **shares}), flush=True)
+
+
+FED = ("made", "true", "silent")
+
+
+def speak(run, model: Definition, params, batch: Streams, fed: str) -> np.ndarray:
+    """What the model writes in these sessions, int32 [N, T, S]."""
+    (N, T), every = batch["valid"].shape, model.stream.video_every
+    state, written = init_state(model, N), []
+    for t in range(T):
+        mel_NFM = batch["model_mel"][:, t].astype(np.float32)
+        silence_NFM = np.broadcast_to(SILENCE_MEL, mel_NFM.shape)
+        forced = {"made": None, "true": (None, mel_NFM), "silent": (None, silence_NFM)}[fed]
+        inputs = TickInput(
+            batch["user_dmel"][:, t], batch["user_present"][:, t], batch["video"][:, t // every],
+            batch["video_present"][:, t // every], batch["user_text"][:, t],
+            np.full(N, t == 0), np.arange(N, dtype=np.uint32),
+        )  # fmt: skip
+        state, out = run(params, state, inputs, forced=forced)
+        written.append(np.asarray(out.model_text))
+    return np.stack(written, axis=1)
+
+
+def right(sessions: Sequence[Session], text_NTS: np.ndarray, tokenizer: Tokenizer) -> float:
+    """Share of the replies due whose content is among the words begun in their window."""
+    due = []
+    for session, text_TS in zip(sessions, text_NTS):
+        words = text_of(text_TS, tokenizer)
+        for truth in session.truth:
+            if truth["kind"] == "reply" and truth["content"]:
+                said = overlapping(words, *truth["window"])
+                due.append(contains((w.text for w in said), truth["content"]))
+    return round(float(np.mean(due)), 3)
+
+
+if __name__ == "__main__":
+    define_flags()
+    sys.exit(verb.run(main))
