@@ -1,6 +1,6 @@
 """276B parameters, 12B active: audio, 320x240 video at 5 frames/s and text, a context of 5 minutes.
 
-Planned, not trained: what a step asks of the hardware is in README.md and comes from
+Planned, not trained: what a step asks of the hardware comes from
 
 python -m launch.plan --config=configs/tml_interaction_small.py --topology=v5p:4x8x8
 
