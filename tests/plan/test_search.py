@@ -11,6 +11,7 @@ from tmljax.plan.hardware import find_slice
 from tmljax.plan.search import candidates, lies_whole, overrides, rank, search
 from tmljax.plan.serving import Serving, best_serving
 from tmljax.plan.setting import Setting
+from tmljax.sharding import AXES
 
 WHERE = find_slice("v5p:2x2x1")
 
@@ -81,7 +82,7 @@ def test_both_reports(small, tmp_path):
 def test_serving_by_hand(small):
     """One device: as many rings of 9 x 5 rows of keys and values as fit beside the weights."""
     alone = find_slice("v5e:1x1")
-    serving = Serving(Setting(small, alone, {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1}))
+    serving = Serving(Setting(small, alone, dict.fromkeys(AXES, 1)))
     assert serving.session_bytes == 2 * 9 * 5 * 2 * 4 * 16 * 4
     assert serving.passes() == [4, 1]  # three inputs and the last speech; then the word that was written
     assert serving.by_memory == int((16e9 * 0.95 - serving.weight_bytes) / serving.session_bytes)

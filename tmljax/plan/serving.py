@@ -122,7 +122,7 @@ class Serving:
         mine = moe.experts / axes["expert"]
         per_expert = 6 * model.d_model * moe.expert_width / axes["tensor"]
         worked = crowd * (mine if moe.tick_matmul == "every" else moe.top_k / axes["expert"])
-        dense = 2 * fresh * (self.parts["attention"] + self.parts["shared expert"]) / axes["tensor"]
+        dense = 2 * fresh * (self.parts["attention"] + self.parts.get("shared expert", 0)) / axes["tensor"]
         keys = (model.window + 1) * setting.layout.slots
         attention = 4 * fresh * keys * model.heads * model.head_dim / axes["tensor"] * layers
         matmul = (layers * worked * per_expert + dense + attention) / (chip.flops * MATMUL_SHARE)
