@@ -97,7 +97,7 @@ def account(lines: Sequence[Line], began: float, first: int) -> Counter[str]:
     lowest = float("inf")  # of the steps from which later starts went on
     for line in reversed(lines):
         if line["began"] != began:  # the last line of an earlier start
-            sums["down"] += began - line["at"]
+            sums["down"] += max(0.0, began - line["at"])  # a clock may have been set back
             lowest = min(lowest, first)
             began, first = line["began"], line["first"]
         for cause, seconds in line["spent"].items():
