@@ -14,9 +14,9 @@ def get_config() -> ml_collections.ConfigDict:
     config = base.get_config()
     family.scale(config, 4)
     config.data.name = "demo"
-    config.data.train_hours = 40.0
+    config.data.train_hours = 60.0
     config.optimizer.warmup = 120
-    config.train.steps = 1000
+    config.train.steps = 2000
     config.train.save_every = 200
     config.train.eval_every = 200
     config.train.eval_batches = 4

@@ -34,7 +34,6 @@ from tmljax.stream.text import Tokenizer
 
 Streams = dict[str, np.ndarray]  # of a session or window, see tmljax/stream/weave.py
 
-SYNTHETIC = "synthetic"  # the generated dataset's name in config.data.recordings
 THREADS = 2  # that weave batches beside the training thread
 AHEAD = 4  # batches kept ready
 ENDLESS = 1 << 50  # examples; grain counts batches in floating point
@@ -250,12 +249,12 @@ def validation_batches(
 def open_sources(experiment: Experiment, split: str) -> list[Source]:
     """The prepared dataset (weight 1 unless the recordings name `synthetic:w`) and each recordings manifest."""
     weights = manifest.parse_manifests(experiment.data.recordings)
-    weights = {SYNTHETIC: weights.pop(SYNTHETIC, 1.0)} | weights
+    weights = {manifest.SYNTHETIC: weights.pop(manifest.SYNTHETIC, 1.0)} | weights
     sources = []
     for name, weight in weights.items():
         if weight == 0:
             continue
-        if name == SYNTHETIC:
+        if name == manifest.SYNTHETIC:
             sessions = builder.open_split(experiment, split)
         else:
             sessions = recordings.open_manifest(name, experiment, split)

@@ -35,6 +35,7 @@ from tmljax.stream import audio
 from tmljax.stream.microturn import MICROTURN_SECONDS
 from tmljax.stream.record import Word
 
+SYNTHETIC = "synthetic"  # the generated dataset's name in config.data.recordings
 MODEL_SPEAKER = "SPEAKER_MAIN"
 ALIGNMENT_TOLERANCE = 0.25  # seconds by which an aligner may overshoot the end
 DURATION_TOLERANCE = 1.0  # seconds between the manifest's duration and the file's
@@ -74,6 +75,11 @@ def parse_manifests(text: str) -> dict[str, float]:
             raise UserError(f"config.data.recordings names {path} twice")
         weights[path] = value
     return weights
+
+
+def recorded(text: str) -> list[str]:
+    """The manifests themselves, in order, without those of weight 0."""
+    return [path for path, weight in parse_manifests(text).items() if path != SYNTHETIC and weight]
 
 
 class Line(NamedTuple):

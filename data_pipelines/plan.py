@@ -17,7 +17,7 @@ import numpy as np
 from data_pipelines.render import render
 from data_pipelines.scenarios import FAMILIES, SECONDS
 from data_pipelines.scenarios.stage import Stage
-from data_pipelines.voices import Voices
+from data_pipelines.voices import Voice
 from tmljax.config import Experiment, UserError
 from tmljax.stream.record import Session
 
@@ -79,7 +79,7 @@ def shards(experiment: Experiment) -> list[Shard]:
     return planned
 
 
-def render_session(experiment: Experiment, split: str, index: int, voices: Voices) -> Session:
+def render_session(experiment: Experiment, split: str, index: int, voices: Voice) -> Session:
     shares = mixture(experiment)
     families = list(shares)
     seed = experiment.data.seed % 2**64
@@ -95,6 +95,6 @@ def render_session(experiment: Experiment, split: str, index: int, voices: Voice
     return render(score, f"{split}-{index:06d}", voices, np.random.default_rng(sound), keep_audio=split == "test")
 
 
-def render_shard(experiment: Experiment, shard: Shard, voices: Voices) -> Iterator[Session]:
+def render_shard(experiment: Experiment, shard: Shard, voices: Voice) -> Iterator[Session]:
     for index in range(shard.first, shard.first + shard.sessions):
         yield render_session(experiment, shard.split, index, voices)

@@ -44,12 +44,6 @@ SPLIT = "records"  # TFDS's one split, of which train and validation are parts
 FORMAT = 1  # raise it when the same files give other records
 
 
-def import_manifest(path: str | os.PathLike[str], experiment: Experiment) -> Iterator[Session]:
-    """The sessions of a manifest, in order. All of it is checked (UserError) before the first one is made."""
-    for recording in read_manifest(path, experiment.stream):
-        yield from convert(recording, experiment)
-
-
 class Recorded(tfds.core.GeneratorBasedBuilder):
     """Real conversations; see data_pipelines/recordings.py."""
 

@@ -14,7 +14,7 @@ import scipy.fft
 from data_pipelines.scenarios.stage import ROOMS
 from data_pipelines.scenes import draw
 from data_pipelines.score import Score, Speech
-from data_pipelines.voices import Voices
+from data_pipelines.voices import Voice
 from tmljax.stream.dmel import LOOK_BACK, SILENCE_MEL, log_mel, quantise
 from tmljax.stream.microturn import FRAME_SAMPLES, MEL, MICROTURN_SAMPLES, SAMPLE_RATE
 from tmljax.stream.record import Session, Word
@@ -24,7 +24,7 @@ NOISE_SECONDS = 16
 MUFFLED_HZ = 1500  # what is left of background speech
 
 
-def render(score: Score, name: str, voices: Voices, rng: np.random.Generator, keep_audio: bool) -> Session:
+def render(score: Score, name: str, voices: Voice, rng: np.random.Generator, keep_audio: bool) -> Session:
     """`keep_audio` keeps both channels as int16 [samples, 2], model first."""
     samples = round(score.seconds * SAMPLE_RATE)
     samples += -samples % MICROTURN_SAMPLES
@@ -75,7 +75,7 @@ def _cut(samples: np.ndarray, speech: Speech) -> np.ndarray:
     return kept
 
 
-def _user_channel(score: Score, samples: int, voices: Voices, rng: np.random.Generator) -> np.ndarray:
+def _user_channel(score: Score, samples: int, voices: Voice, rng: np.random.Generator) -> np.ndarray:
     channel = np.zeros(samples, np.float32)
     acoustics = score.acoustics
     level = 10 ** (acoustics.level_db / 20)

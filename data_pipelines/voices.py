@@ -15,7 +15,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -25,7 +25,7 @@ import espeakng_loader
 import numpy as np
 import soxr
 
-from tmljax.stream.microturn import SAMPLE_RATE
+from tmljax.stream.microturn import MICROTURN_SAMPLES, SAMPLE_RATE
 from tmljax.stream.record import Word
 
 ACCENTS = {
@@ -60,7 +60,7 @@ class Speaker(NamedTuple):
     range: int  # of pitch, 0..99
 
 
-MODEL = Speaker("us", MODEL_VARIANT, 165, 50, 35)
+MODEL = Speaker("us", MODEL_VARIANT, 205, 50, 25)
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,29 @@ class Utterance:
 
 
 class Voice(Protocol):
-    """Anything that speaks; a better synthesiser drops in here."""
+    """Anything that speaks for everybody; a better synthesiser drops in here."""
 
-    def say(self, text: str) -> Utterance: ...
+    def say(self, text: str, speaker: Speaker) -> Utterance:
+        """What the model says (`MODEL`) must be `in_step`."""
+
+
+def in_step(words: Iterable[Utterance]) -> Utterance:
+    """Utterances of one word each, one after the other, each from the start of a micro-turn.
+
+    A voice that speaks whole sentences lets each word hint at the next, in pace, melody and how sounds run together.
+    The model chooses a word a micro-turn before it sounds, and hears itself: in training it would read from its own
+    speech what to say, and be at a loss when it has to speak.
+    """
+    spoken = list(words)
+    turns = [-(-len(word.samples) // MICROTURN_SAMPLES) for word in spoken]
+    starts = MICROTURN_SAMPLES * np.cumsum([0, *turns[:-1]])
+    samples = np.zeros(starts[-1] + len(spoken[-1].samples), np.float32)
+    timed = []
+    for word, start in zip(spoken, starts):
+        end = start + len(word.samples)
+        samples[start:end] = word.samples
+        timed.append(Word(word.words[0].text, round(start / SAMPLE_RATE, 4), round(end / SAMPLE_RATE, 4)))
+    return Utterance(samples, tuple(timed))
 
 
 @cache
@@ -250,30 +270,15 @@ def _espeak() -> Espeak:
 
 
 class Voices:
-    """Everybody who can speak in this process; what was said lately is remembered, for the model's replies repeat."""
+    """Everybody who can speak in this process; what was said lately is remembered, for the model repeats its words."""
 
-    def __init__(self, replies: int = 512, utterances: int = 16) -> None:
+    def __init__(self, words: int = 512, utterances: int = 16) -> None:
         self._espeak = _espeak()
-        self._replies = lru_cache(replies)(self._say)
-        self._utterances = lru_cache(utterances)(self._say)
-
-    def _say(self, text: str, speaker: Speaker) -> Utterance:
-        return self._espeak.say(text, speaker, SOUNDS | LETTER_SOUNDS if speaker.variant == MODEL_VARIANT else SOUNDS)
+        self._word = lru_cache(words)(lambda word: self._espeak.say(word, MODEL, SOUNDS | LETTER_SOUNDS))
+        self._utterance = lru_cache(utterances)(self._espeak.say)
 
     def say(self, text: str, speaker: Speaker) -> Utterance:
-        return (self._replies if speaker.variant == MODEL_VARIANT else self._utterances)(text, speaker)
-
-    def voice(self, speaker: Speaker) -> Voice:
-        return _Person(self, speaker)
-
-
-@dataclass(frozen=True)
-class _Person:
-    voices: Voices
-    speaker: Speaker
-
-    def say(self, text: str) -> Utterance:
-        return self.voices.say(text, self.speaker)
+        return in_step(map(self._word, text.split())) if speaker == MODEL else self._utterance(text, speaker)
 
 
 def level_db(samples: np.ndarray) -> float:

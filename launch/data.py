@@ -1,7 +1,8 @@
 """Builds the dataset of a config: python -m launch.data --config=configs/smoke.py
 
-Renders synthetic conversations on all cores. It can be interrupted and run again, and does nothing where the
-dataset is already there. --runner=beam renders on the workers of Apache Beam, which must see config.data.root:
+Renders synthetic conversations on all cores, and imports the recordings that config.data.recordings names. It can be
+interrupted and run again, and does nothing where the dataset is already there. --runner=beam renders on the workers of
+Apache Beam, which must see config.data.root:
 
     python -m launch.data --config=configs/demo.py --config.data.root=/shared/data --runner=beam \
         --beam_options="--runner=FlinkRunner --flink_master=HOST:8081 --environment_type=LOOPBACK"
@@ -15,9 +16,11 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from data_pipelines import builder
+from data_pipelines import builder, manifest, recordings
+from data_pipelines.words import choose_tokenizer, measure_pace
 from launch import verb
-from tmljax.config import UserError
+from tmljax.config import Experiment, UserError
+from tmljax.stream.microturn import Layout
 
 
 def define_flags() -> None:
@@ -31,8 +34,28 @@ def main(argv: Sequence[str]) -> None:
     if given.beam_options and given.runner != "beam":
         raise UserError("--beam_options is for --runner=beam")
     options = shlex.split(given.beam_options) if given.runner == "beam" else None
-    summary = builder.build(verb.experiment(), beam_options=options)
-    print(table(summary))
+    experiment = verb.experiment()
+    manifests = manifest.recorded(experiment.data.recordings)
+    print(table(builder.build(experiment, beam_options=options)))
+    for path in manifests:
+        print(import_recordings(path, experiment))
+
+
+def import_recordings(path: str, experiment: Experiment) -> str:
+    """Imports a manifest and says what it holds, and whether one can write as fast as its people speak."""
+    home = recordings.prepare(path, experiment)
+    layout, tokenizer = Layout(experiment.stream), choose_tokenizer(experiment)
+    read = manifest.read_manifest(path, experiment.stream)
+    counts = [measure_pace(one.model_words, layout, tokenizer) for one in read]
+    said, tokens, late = (sum(column) for column in zip(*counts))
+    line = f"{path}: {sum(one.seconds for one in read) / 3600:.2f} hours in {home}"
+    if not said:
+        return line + "; the model's side has no words"
+    line += f"; {said} words of the model, {tokens / said:.2f} tokens each, {late / said:.1%} written late"
+    if late > 0.05 * said:
+        slots = experiment.stream.model_text_slots
+        line += f"; a larger config.stream.vocab_size or model_text_slots (now {slots}) lets it keep pace"
+    return line
 
 
 def table(summary: builder.Summary) -> str:

@@ -18,6 +18,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -52,7 +53,7 @@ def define_flags() -> None:
     flags.DEFINE_string("suite", ALL, "scenario families, separated by commas")
     flags.DEFINE_integer("limit", None, "test sessions of each family at most; all by default", lower_bound=1)
     flags.DEFINE_string("output", None, "where report.json, report.html and fdb/ go; the workdir by default")
-    verb.define_step()
+    verb.define_serving()
     flags.DEFINE_integer("sessions", 16, "sessions decoded at a time", lower_bound=1)
     flags.DEFINE_integer("fdb", None, "sessions of each family written to fdb/ at most; all by default", lower_bound=0)
     flags.DEFINE_string("pictures", None, "folder to write the report's timelines to as SVG files as well")
@@ -72,6 +73,7 @@ class Options:
     fdb: int | None = None
     icc: str | None = None
     pictures: str | None = None
+    config_field: Sequence[str] = ()
 
 
 def main(argv: Sequence[str]) -> None:
@@ -85,7 +87,8 @@ def evaluate(options: Options) -> Report:
     """The verb. Raises UserError for bad input before any work is done."""
     references = read_references(options.icc)
     cluster.enable_compile_cache()
-    engine = engine_from_workdir(options.workdir, options.sessions, options.step)
+    adapt = partial(verb.adapt, overrides=options.config_field)
+    engine = engine_from_workdir(options.workdir, options.sessions, options.step, adapt)
     split = open_split(engine.experiment, SPLIT)
     chosen, microturns = choose(split, options.suite, options.limit)
     writer = Writer(options.output / "fdb")

@@ -26,21 +26,24 @@ def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "training workdir", required=True)
     flags.DEFINE_string("output", None, "directory to write", required=True)
     flags.DEFINE_integer("sessions", 1, "session slots of the tick", lower_bound=1)
-    verb.define_step()
+    verb.define_serving()
 
 
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise UserError(f"{argv[1]!r} is not a flag; see --help")
     given = flags.FLAGS
-    export_workdir(given.workdir, given.output, given.sessions, given.step)
+    export_workdir(given.workdir, given.output, given.sessions, given.step, given.config_field)
 
 
-def export_workdir(workdir: str, output: str, sessions: int = 1, step: str | None = None) -> dict:
+def export_workdir(
+    workdir: str, output: str, sessions: int = 1, step: str | None = None, overrides: Sequence[str] = ()
+) -> dict:
     """The verb; returns the manifest."""
     export.refuse_foreign(Path(os.path.abspath(output)))
     chosen = checkpoint.choose_step(workdir, step)
-    experiment, tokenizer, params = checkpoint.load_for_serving(workdir, chosen)
+    trained, tokenizer, params = checkpoint.load_for_serving(workdir, chosen)
+    experiment = verb.adapt(trained, overrides)
     name = os.path.basename(os.path.abspath(workdir))
     manifest = export.export(output, experiment, tokenizer, params, step=chosen, name=name, sessions=sessions)
     size = sum(file["bytes"] for file in manifest["files"].values())

@@ -14,6 +14,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,7 @@ def define_flags() -> None:
     flags.DEFINE_string("channel", "mix", "of a stereo input: mix, left, right, or a number from 0")
     flags.DEFINE_bool("stereo", False, "write left = model, right = user")
     flags.DEFINE_integer("seed", 0, "of the model's sampling", lower_bound=0, upper_bound=2**32 - 1)
-    verb.define_step()
+    verb.define_serving()
 
 
 def main(argv: Sequence[str]) -> None:
@@ -60,6 +61,7 @@ def main(argv: Sequence[str]) -> None:
         stereo=given.stereo,
         seed=given.seed,
         step=given.step,
+        overrides=given.config_field,
     )
 
 
@@ -74,13 +76,14 @@ def stream(
     stereo: bool = False,
     seed: int = 0,
     step: str | None = None,
+    overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The verb; returns what --json writes. Raises UserError for bad input before any work is done."""
     for path in (output_path, json_path):
         check_writable(path, input_path)
     user = pick_channel(read_audio(input_path), channel, input_path)
     words = [parse_typed(one, len(user) / SAMPLE_RATE) for one in typed]
-    engine = load_engine(workdir, step=step)
+    engine = load_engine(workdir, step, overrides)
     source = SessionInput(audio=user, typed=words)
     with tqdm(total=microturns([source]), unit="tick", desc="streaming", mininterval=0.5) as bar:
         (transcript,) = converse(engine, [source], [seed], progress=bar.update)
@@ -94,17 +97,19 @@ def stream(
     return report
 
 
-def load_engine(directory: str, sessions: int = 1, step: str | None = None) -> Engine:
+def load_engine(directory: str, step: str | None = None, overrides: Sequence[str] = ()) -> Engine:
     """The engine of an export, or of a workdir's checkpoint; the model's source is imported for the latter alone."""
     if not os.path.isdir(directory):
         raise UserError(f"{directory} is not a directory; --workdir takes a training workdir or an export")
     if bundle.is_export(directory):
         if step is not None:
             raise UserError(f"{directory} is an export and holds one step; leave --step out")
+        if overrides:
+            raise UserError(f"{directory} is an export; set config.{overrides[0]} when exporting")
         return bundle.load(directory)
     from tmljax.decode.program import engine_from_workdir
 
-    return engine_from_workdir(directory, sessions, step)
+    return engine_from_workdir(directory, 1, step, partial(verb.adapt, overrides=overrides))
 
 
 def check_writable(path: str | None, input_path: str) -> None:

@@ -19,10 +19,10 @@ from typing import TextIO
 
 from absl import flags
 
-from data_pipelines import builder, loader
-from data_pipelines.manifest import parse_manifests
+from data_pipelines import builder, loader, manifest, recordings
+from data_pipelines.words import choose_tokenizer
 from launch import BEGAN, verb
-from tmljax import checkpoint, cluster, files, pulse
+from tmljax import checkpoint, cluster, pulse
 from tmljax.config import Experiment, UserError
 from tmljax.model.interaction import Definition
 from tmljax.sharding import check, make_mesh, process_rows
@@ -67,7 +67,7 @@ def train_workdir(
     mesh = make_mesh(experiment.mesh)
     check(experiment, mesh)
     rows = process_rows(mesh, experiment.data.batch)
-    parse_manifests(experiment.data.recordings)
+    manifest.parse_manifests(experiment.data.recordings)
     checkpoint.keep_config(workdir, experiment)  # what cannot be done has been refused, and leaves no trace
     tokenizer = prepare_data(experiment, workdir)
     model = Definition(experiment.stream, experiment.model)
@@ -88,18 +88,20 @@ def train_workdir(
 
 
 def prepare_data(experiment: Experiment, workdir: str) -> Tokenizer:
-    """Builds the dataset if absent and copies its tokenizer, which a checkpoint is nothing without."""
+    """Builds and imports the data where it is absent; keeps the tokenizer, which a checkpoint is nothing without."""
     pulse.at("building the dataset")
     if cluster.is_lead():
         builder.build(experiment)
+        for path in manifest.recorded(experiment.data.recordings):
+            recordings.prepare(path, experiment)
     cluster.wait_for_all("dataset")
+    tokenizer = choose_tokenizer(experiment)
     path = Path(workdir) / checkpoint.TOKENIZER
-    text = Path(builder.tokenizer_path(experiment)).read_text(encoding="utf-8")
-    if path.exists() and checkpoint.steps(workdir) and path.read_text(encoding="utf-8") != text:
-        raise UserError(f"{path} is not the tokenizer of the dataset that config.data names; use another --workdir")
+    if path.exists() and checkpoint.steps(workdir) and path.read_text(encoding="utf-8") != tokenizer.to_json():
+        raise UserError(f"{path} is not the tokenizer of the data that config.data names; use another --workdir")
     if cluster.is_lead():
-        files.write_text(path, text)
-    return Tokenizer.load(builder.tokenizer_path(experiment))
+        tokenizer.save(path)
+    return tokenizer
 
 
 if __name__ == "__main__":

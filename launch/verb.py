@@ -6,6 +6,7 @@ A verb is a module with a docstring, `define_flags()` and `main(argv)`, started 
 from __future__ import annotations
 
 import ast
+import dataclasses
 import difflib
 import errno
 import importlib.util
@@ -47,14 +48,37 @@ def define_config() -> None:
     flags.DEFINE_multi_string("config_field", [], "the same as --config.GROUP.FIELD=VALUE, as GROUP.FIELD=VALUE")
 
 
-def define_step() -> None:
-    """--step, for `tmljax.checkpoint.choose_step`."""
+# What serving may set otherwise than training did.
+SERVING = (
+    *("sampling.temperature", "sampling.top_k", "model.flow.steps", "model.flow.temperature"),
+    "model.moe.tick_matmul",
+)
+
+
+def define_serving() -> None:
+    """--step, for `tmljax.checkpoint.choose_step`, and --config.FIELD=VALUE for `adapt`."""
     flags.DEFINE_string(
         "step",
         None,
         "checkpoint of the workdir: its step, or best for that of the lowest held-out loss; "
         "the newest complete one by default",
     )
+    flags.DEFINE_multi_string(
+        "config_field", [], f"or --config.FIELD=VALUE: otherwise than in training, one of {', '.join(SERVING)}"
+    )
+
+
+def adapt(experiment: Experiment, overrides: Sequence[str]) -> Experiment:
+    """The experiment of a checkpoint with FIELD=VALUE overrides. Raises UserError for a field that training fixed."""
+    tree = dataclasses.asdict(experiment)
+    for override in overrides:
+        field, _, text = override.partition("=")
+        if field not in SERVING:
+            near = difflib.get_close_matches(field, SERVING, n=1)
+            hint = f"did you mean config.{near[0]}?" if near else f"what can be is {', '.join(SERVING)}"
+            raise UserError(f"config.{field} cannot be set after training; {hint}")
+        set_field(tree, field.split("."), text)
+    return from_config_dict(ml_collections.ConfigDict(tree, type_safe=False))
 
 
 def experiment() -> Experiment:

@@ -39,9 +39,14 @@ KNOWN = 50  # newest checkpoints that are looked at
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
 BEST = "best"
-# What a resumed run may change: how long, how often and where, but nothing that changes the numbers on the way.
-FREE = ("train.steps", "train.log_every", "train.save_every", "train.keep", "train.eval_every", "train.eval_batches")
-FREE_GROUPS = ("mesh.", "sampling.", "data.root", "data.workers")
+# What a resumed run may change: how long (which moves the end of the schedule), how often and where, how the same
+# numbers are computed, and what is for serving alone.
+FREE = (
+    *("train.steps", "train.log_every", "train.save_every", "train.keep", "train.eval_every", "train.eval_batches"),
+    *("data.root", "data.workers", "model.remat", "model.flow.steps", "model.flow.temperature"),
+    *("model.moe.exchange", "model.moe.matmul", "model.moe.block_rows", "model.moe.tick_matmul"),
+)
+FREE_GROUPS = ("mesh.", "sampling.")
 
 
 class Restored(NamedTuple):

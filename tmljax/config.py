@@ -65,6 +65,7 @@ class Flow:
     depth: int = 3
     draws: int = 1  # (noise, time) draws per target in training
     share: float = 0.5  # of an example's micro-turns, those trained on in a step (speaking ones, at random)
+    feedback_noise: float = 1.0  # most noise, in variance, on the model's own speech that training feeds back
     steps: int = 4  # Euler steps per micro-turn when streaming
     temperature: float = 0.7  # noise variance when streaming
 
@@ -94,6 +95,7 @@ class Data:
     test_per_family: int = 48  # test sessions of each scenario family
     mixture: Mapping[str, float] = field(default_factory=dict)  # family -> weight; empty: the default mixture
     recordings: str = ""  # moshi-finetune manifest(s) "a.jsonl:0.5,b.jsonl:1"; "" for none
+    tokenizer: str = ""  # tokenizer.json; "" for one trained on the words of this data
     window: int = 60  # micro-turns in a training example
     batch: int = 32  # examples a step, over all processes
     workers: int = 0  # grain worker processes; 0 reads in threads
@@ -152,7 +154,6 @@ class Sampling:
 
     temperature: float = 0.0  # 0 is greedy
     top_k: int = 0  # 0 keeps all
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -257,6 +258,7 @@ LIMITS: dict[str, tuple[float | None, float | None]] = {
     "model.flow.depth": (1, None),
     "model.flow.draws": (1, None),
     "model.flow.share": (0.001, 1),
+    "model.flow.feedback_noise": (0, 1),
     "model.flow.steps": (1, None),
     "model.flow.temperature": (0, None),
     "data.seed": (0, 2**32 - 1),
@@ -286,7 +288,6 @@ LIMITS: dict[str, tuple[float | None, float | None]] = {
     "train.eval_batches": (1, None),
     "sampling.temperature": (0, None),
     "sampling.top_k": (0, None),
-    "sampling.seed": (0, 2**32 - 1),
 }
 
 

@@ -37,15 +37,15 @@ FAMILIES: dict[str, tuple[Callable[[Stage], Score], float]] = {
 
 # What a session lasts on average (seconds); turns hours of training data into a number of sessions.
 SECONDS: dict[str, float] = {
-    "turn_taking": 10.3,
-    "pause": 10.6,
-    "self_correction": 10.2,
-    "interruption": 9.7,
-    "user_backchannel": 9.7,
-    "model_backchannel": 10.6,
-    "verbal_cue": 9.4,
-    "no_answer": 7.3,
-    "visual_cue": 9.2,
-    "visual_question": 8.2,
-    "typed_text": 9.1,
+    "turn_taking": 10.7,
+    "pause": 9.5,
+    "self_correction": 11.2,
+    "interruption": 10.3,
+    "user_backchannel": 10.8,
+    "model_backchannel": 11.2,
+    "verbal_cue": 10.2,
+    "no_answer": 7.0,
+    "visual_cue": 10.9,
+    "visual_question": 9.1,
+    "typed_text": 10.1,
 }

@@ -181,7 +181,7 @@ SPELL = (
 
 def spelling(rng: Rng) -> Request:
     word = choose(rng, SPELLED)
-    return request(choose(rng, SPELL), f"{word} is spelled {', '.join(word)}", list(word), w=(word, SPELLED))
+    return request(choose(rng, SPELL), f"{word} is spelled {' '.join(word)}", list(word), w=(word, SPELLED))
 
 
 STATE = (
@@ -232,8 +232,7 @@ RECITE = ("tell me", "can you say", "say", "list", "give me", "i want to hear", 
 def recital(rng: Rng) -> Request:
     name = choose(rng, tuple(LISTS))
     items = LISTS[name].split()
-    pace = " " if "months" in name else ", "  # the months are long enough without pauses
-    return Request((*choose(rng, RECITE).split(), *name.split()), pace.join(items), tuple(items))
+    return Request((*choose(rng, RECITE).split(), *name.split()), " ".join(items), tuple(items))
 
 
 KINDS: tuple[tuple[Callable[[Rng], Request], float], ...] = (

@@ -12,7 +12,7 @@ import numpy as np
 
 from data_pipelines.scenarios.language import Request, choose, hesitant
 from data_pipelines.score import Acoustics, Score, Speech, Track, Truth, boundary, clip_words
-from data_pipelines.voices import MODEL, Speaker, Voices, draw_speaker
+from data_pipelines.voices import MODEL, Speaker, Voice, draw_speaker
 from tmljax.config import Stream
 from tmljax.stream.microturn import MICROTURN_SECONDS
 from tmljax.stream.record import Word
@@ -22,31 +22,8 @@ STOP = 0.4  # seconds of speech after which it gives way
 ROOMS = 16
 
 
-PACES = (MODEL.rate, 160, 155, 150, 140, 130, 120, 110)  # words per minute, the first that will do
-DELAYS = tuple(round(0.02 * i, 2) for i in range(10))  # seconds into the micro-turn, likewise
-ONSET = 0.02  # seconds by which a word may sound before its time
-
-
-def pace(text: str, voices: Voices) -> tuple[Speaker, float]:
-    """How the model says this, from the start of a micro-turn: (speaker, delay), so that each word begins in a
-    micro-turn of its own.
-
-    The text stream has one word a micro-turn. A word that sounds before the micro-turn of its token would be given
-    away: in training the model would hear itself say it, and never learn what to say.
-    """
-    for rate in PACES:
-        speaker = MODEL._replace(rate=rate)
-        starts = np.array([w.start for w in voices.say(text, speaker).words])
-        for delay in DELAYS:
-            turns = np.floor((starts + delay) / MICROTURN_SECONDS)
-            sounds = np.floor((starts[1:] + delay - ONSET) / MICROTURN_SECONDS)
-            if (np.diff(turns) > 0).all() and (sounds == turns[1:]).all():
-                return speaker, delay
-    raise AssertionError(f"the model cannot say {text!r} at one word a micro-turn")
-
-
 class Stage:
-    def __init__(self, rng: np.random.Generator, split: str, stream: Stream, voices: Voices) -> None:
+    def __init__(self, rng: np.random.Generator, split: str, stream: Stream, voices: Voice) -> None:
         self.rng, self.split, self.stream = rng, split, stream
         self._voices = voices
         self.speaker = draw_speaker(rng, split)
@@ -92,8 +69,7 @@ class Stage:
         return speech
 
     def model(self, text: str, start: float) -> Speech:
-        speaker, delay = pace(text, self._voices)
-        return self.speak("model", text, speaker, start + delay)
+        return self.speak("model", text, MODEL, start)
 
     def answer(self, said: Request) -> Speech:
         return self.reply(said.reply, said.content)

@@ -59,7 +59,7 @@ def write_manifest(folder: Path, *lines: str) -> Path:
 
 
 def import_all(path: Path, experiment: config.Experiment = EXPERIMENT) -> list:
-    return list(recordings.import_manifest(path, experiment))
+    return [s for one in manifest.read_manifest(path, experiment.stream) for s in recordings.convert(one, experiment)]
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,8 @@ def test_only_a_block_of_a_long_file_is_in_memory(tmp_path: Path, monkeypatch: p
         return log_mel(samples, state)
 
     monkeypatch.setattr(dmel, "log_mel", watch)
-    sessions = recordings.import_manifest(write_manifest(tmp_path, line), EXPERIMENT)
+    (recording,) = manifest.read_manifest(write_manifest(tmp_path, line), EXPERIMENT.stream)
+    sessions = recordings.convert(recording, EXPERIMENT)
     first = next(sessions).frames
     assert largest <= (recordings.BLOCK_SECONDS + 1) * 16_000
     assert first <= recordings.RECORD_MICROTURNS * 8
@@ -258,7 +259,7 @@ def test_a_mistake_in_the_last_line_is_told_before_any_work(tmp_path: Path) -> N
     path = write_manifest(tmp_path, write_recording(tmp_path, "a"), "", write_recording(tmp_path, "b"))
     (tmp_path / "b.wav").unlink()
     with pytest.raises(UserError, match=r"manifest\.jsonl:3"):
-        next(recordings.import_manifest(path, EXPERIMENT))
+        manifest.read_manifest(path, EXPERIMENT.stream)
 
 
 def test_a_manifest_that_is_missing_or_empty(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from data_pipelines.voices import MODEL, Speaker, Voices, cast, draw_speaker, split_of
-from tmljax.stream.microturn import SAMPLE_RATE
+from tmljax.stream.microturn import MICROTURN_SAMPLES, SAMPLE_RATE
 
 SENTENCES = ("what is three plus five", "my favourite colour is purple", "wait, repeat after me tiger window")
 
@@ -51,8 +51,19 @@ def test_words_are_where_the_sound_is(voices, text):
         assert said.words[-1].end > said.seconds - 0.03
 
 
+def test_nothing_the_model_says_depends_on_what_it_will_say(voices):
+    """Bit for bit until the word that differs, which starts on the grid: else it could hear itself say it before."""
+    said = [voices.say(f"the answer is {number}", MODEL) for number in ("twelve", "two", "three plus four")]
+    border = round(said[0].words[3].start * SAMPLE_RATE)
+    assert border % MICROTURN_SAMPLES == 0
+    for other in said[1:]:
+        assert other.words[:3] == said[0].words[:3]
+        np.testing.assert_array_equal(other.samples[:border], said[0].samples[:border])
+        assert not np.array_equal(other.samples[border:][:1600], said[0].samples[border:][:1600])
+
+
 def test_nothing_is_said_between_the_words_of_a_list(voices):
-    said = voices.say("one, two, three", MODEL)
+    said = voices.say("one, two, three", crowd(1)[0])
     for a, b in pairwise(said.words):
         assert b.start - a.end > 0.08
         gap = said.samples[round((a.end + 0.01) * SAMPLE_RATE) : round((b.start - 0.01) * SAMPLE_RATE)]

@@ -1,4 +1,7 @@
+"""A verb ends in one clear line, and takes any field of the config."""
+
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -8,7 +11,7 @@ import pytest
 from absl import flags
 
 from launch import verb
-from tmljax.config import UserError
+from tmljax.config import Experiment, UserError
 
 CONFIG = """
 from tmljax.config import Experiment, to_config_dict
@@ -109,11 +112,33 @@ def test_a_config_file_that_fails_names_its_line(own_flags, tmp_path, capfd):
     assert f"{path}:2 fails: NameError" in capfd.readouterr().err
 
 
+def test_serving_may_set_what_training_did_not_use():
+    trained = Experiment()
+    adapted = verb.adapt(trained, ["sampling.temperature=0.7", "model.flow.steps=8"])
+    assert (adapted.sampling.temperature, adapted.model.flow.steps) == (0.7, 8)
+    assert verb.adapt(adapted, ["sampling.temperature=0", "model.flow.steps=4"]) == trained
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("model.layers=8", "config.model.layers cannot be set after training"),
+        ("sampling.temprature=1", "did you mean config.sampling.temperature"),
+        ("sampling.temperature=hot", "config.sampling.temperature must be float"),
+        ("sampling.top_k=-1", "config.sampling.top_k=-1 must be at least 0"),
+    ],
+)
+def test_serving_may_not_change_the_model(override, said):
+    with pytest.raises(UserError, match=re.escape(said)):
+        verb.adapt(Experiment(), [override])
+
+
 def test_help_names_the_flags_and_exits_0(own_flags, capfd):
     assert run("--help") == 0
     out = capfd.readouterr().out
-    assert "--config" in out
-    assert sys.modules[__name__].__doc__ is None or sys.modules[__name__].__doc__ in out
+    assert __doc__ in out
+    assert "--config: config file" in out
+    assert "--workdir: where it goes" in out
 
 
 def raising(error):

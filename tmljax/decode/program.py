@@ -8,6 +8,7 @@ two agree bit for bit by construction.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -111,9 +112,14 @@ def engine_from_params(
     return compile_engine(program, weights, state, experiment, tokenizer, step, name)
 
 
-def engine_from_workdir(workdir: str | Path, sessions: int = 1, step: str | None = None) -> Engine:
-    """Raises UserError when the workdir holds no complete checkpoint."""
+def engine_from_workdir(
+    workdir: str | Path,
+    sessions: int = 1,
+    step: str | None = None,
+    adapt: Callable[[Experiment], Experiment] = lambda trained: trained,
+) -> Engine:
+    """`adapt` may change what serving is free to. Raises UserError when the workdir holds no complete checkpoint."""
     chosen = checkpoint.choose_step(workdir, step)
-    experiment, tokenizer, params = checkpoint.load_for_serving(workdir, chosen)
+    trained, tokenizer, params = checkpoint.load_for_serving(workdir, chosen)
     name = os.path.basename(os.path.abspath(workdir))
-    return engine_from_params(experiment, tokenizer, params, sessions, chosen, name)
+    return engine_from_params(adapt(trained), tokenizer, params, sessions, chosen, name)

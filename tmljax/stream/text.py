@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -68,6 +68,11 @@ class Tokenizer:
         )
         inner.train_from_iterator((" " + text for text in texts), trainer)  # a text's first word is a word like any
         return cls(inner)
+
+    @classmethod
+    def of_words(cls, counts: Mapping[str, int], vocab_size: int) -> Tokenizer:
+        """Trained on words, each as often as it was counted."""
+        return cls.train((f" {word}" * count for word, count in sorted(counts.items())), vocab_size)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Tokenizer:

@@ -151,15 +151,20 @@ def queue_tokens(timed: Sequence[tuple[float, list[int]]], slots: np.ndarray, la
     Tokens enter from slot 0 of the micro-turn of their time, `lag` micro-turns earlier; what finds no room
     waits for the next micro-turn, and is lost at the end.
     """
+    tokens, positions = place_tokens(timed, slots.shape[1], lag)
+    room = positions < slots.size
+    slots.reshape(-1)[positions[room]] = tokens[room]
+    return slots
+
+
+def place_tokens(timed: Sequence[tuple[float, list[int]]], slots: int, lag: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """(ids, positions) of all tokens in time, position p being slot p % slots of micro-turn p // slots."""
     timed = sorted(timed, key=lambda entry: entry[0])
     tokens = np.array([i for _, ids in timed for i in ids], np.int32)
     arrivals = np.array([max(input_microturn(s) - lag, 0) for s, ids in timed for _ in ids], np.int64)
     order = np.arange(len(tokens))
     # position = max(own arrival, position of the one before + 1), for all tokens at once
-    positions = np.maximum.accumulate(arrivals * slots.shape[1] - order) + order
-    room = positions < slots.size
-    slots.reshape(-1)[positions[room]] = tokens[room]
-    return slots
+    return tokens, np.maximum.accumulate(arrivals * slots - order) + order
 
 
 def audible(words: Sequence[Word], T: int) -> np.ndarray:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from tmljax import config
 from tmljax.model.interaction import Batch, Definition, InteractionModel, Params
-from tmljax.ops.flow import matching_loss, normalise
+from tmljax.ops.flow import denormalise, matching_loss, normalise
 from tmljax.ops.losses import cross_entropy, weighted_mean
 from tmljax.stream.microturn import ABSENT, HOLD, IDLE
 
@@ -30,8 +30,11 @@ def objective(
 ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Routing]]:
     """Returns the loss and (metrics, routing). Every metric is a float32 scalar; `loss/*` terms are unweighted."""
     model = definition.bind(params)
-    out = model(batch, mesh)
+    k_feedback, k_flow = jax.random.split(key)
     target_BTS = batch["model_text"]
+    speaks_BT = jnp.any(target_BTS != IDLE, axis=2)
+    heard_of_itself = blur(batch["model_mel"], speaks_BT, definition.model.flow.feedback_noise, k_feedback)
+    out = model(batch | {"model_mel": heard_of_itself}, mesh)
     valid_BT = batch["valid"].astype(jnp.float32)
 
     word_BTS = (target_BTS != IDLE) & (target_BTS != HOLD)
@@ -43,8 +46,7 @@ def objective(
     kind_BT = jnp.where(heard_BT == IDLE, weights.idle, 1.0)
     heard = weighted_mean(cross_entropy(out.heard_BTV, heard_BT), kind_BT * listens_BT)
 
-    speaks_BT = jnp.any(target_BTS != IDLE, axis=2)
-    flow = flow_loss(model, out.condition_BTSD, batch["model_mel"], speaks_BT * valid_BT, key)
+    flow = flow_loss(model, out.condition_BTSD, batch["model_mel"], speaks_BT * valid_BT, k_flow)
 
     router_z = jnp.sum(out.moe.z_loss)
     total = text + weights.flow * flow + weights.heard * heard + definition.model.moe.z_loss * router_z
@@ -59,6 +61,18 @@ def objective(
         "heard/word_accuracy": accuracy(out.heard_BTV, heard_BT, (heard_BT != IDLE) * listens_BT),
     }
     return total, (metrics, Routing(out.moe.load_E, jnp.sum(out.moe.dropped)))
+
+
+def blur(mel_BTFM: jax.Array, speaks_BT: jax.Array, most: float, key: jax.Array) -> jax.Array:
+    """The model's own speech as training feeds it back: x -> sqrt(k) noise + sqrt(1 - k) x, k ~ U(0, most) for each
+    example (CALM, arXiv 2509.06926). What it will hear of itself is never quite what it was taught, so that it must not
+    lean on it. Silence stays silence, as in the decoder.
+    """
+    k_share, k_noise = jax.random.split(key)
+    share_B111 = most * jax.random.uniform(k_share, (len(mel_BTFM), 1, 1, 1))
+    noise_BTFM = jax.random.normal(k_noise, mel_BTFM.shape)
+    blurred_BTFM = jnp.sqrt(share_B111) * noise_BTFM + jnp.sqrt(1 - share_B111) * normalise(mel_BTFM)
+    return jnp.where(speaks_BT[..., None, None], denormalise(blurred_BTFM), mel_BTFM.astype(jnp.float32))
 
 
 @jax.named_scope("flow")

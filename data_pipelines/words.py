@@ -1,0 +1,54 @@
+"""The words of the data: the tokenizer made of them, and how well it keeps pace with them."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+
+from data_pipelines import builder, manifest
+from tmljax.config import Experiment
+from tmljax.stream.microturn import OUTPUT_LAG, Layout, input_microturn
+from tmljax.stream.record import Word
+from tmljax.stream.text import Tokenizer, spoken_form
+from tmljax.stream.weave import place_tokens
+
+
+def choose_tokenizer(experiment: Experiment) -> Tokenizer:
+    """config.data.tokenizer, or one of the words of the prepared dataset and of all recordings.
+
+    Raises UserError for what is wrong in any of the files.
+    """
+    if experiment.data.tokenizer:
+        return Tokenizer.load(experiment.data.tokenizer)
+    recorded = manifest.recorded(experiment.data.recordings)
+    if not recorded:
+        return Tokenizer.load(builder.tokenizer_path(experiment))
+    words = Counter(json.loads((builder.folder(experiment) / "summary.json").read_text())["words"])
+    for path in recorded:
+        for one in manifest.read_manifest(path, experiment.stream):
+            said = (*one.model_words, *(one.user_words or ()), *one.typed)
+            words.update(word for w in said for word in spoken_form(w.text).split())
+    return Tokenizer.of_words(words, experiment.stream.vocab_size)
+
+
+class Pace(NamedTuple):
+    """Of words to be spoken: how many, their tokens, and how many are written a micro-turn or more after their time."""
+
+    words: int
+    tokens: int
+    late: int
+
+
+def measure_pace(words: Iterable[Word], layout: Layout, tokenizer: Tokenizer) -> Pace:
+    timed = sorted((w.start, tokenizer.encode_word(w.text)) for w in words)
+    timed = [(start, ids) for start, ids in timed if ids]
+    _, positions = place_tokens(timed, layout.model_text, OUTPUT_LAG)
+    lengths = np.array([len(ids) for _, ids in timed], np.int64)
+    ends = np.cumsum(lengths)
+    due = np.array([max(input_microturn(start) - OUTPUT_LAG, 0) for start, _ in timed], np.int64)
+    late = positions[ends - lengths] // layout.model_text > due
+    return Pace(len(timed), len(positions), int(late.sum()))

@@ -1,0 +1,35 @@
+"""What the model hears of itself in training."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tmljax.ops.flow import normalise
+from tmljax.train.objective import blur
+
+B, T = 64, 20
+
+
+@pytest.fixture(scope="module")
+def mel_BTFM():
+    return -3.0 + 2.0 * jax.random.normal(jax.random.key(0), (B, T, 8, 80))
+
+
+def test_silence_stays_silence_and_without_noise_nothing_changes(mel_BTFM):
+    speaks_BT = jnp.arange(T)[None] % 3 == jnp.arange(B)[:, None] % 3
+    blurred_BTFM = blur(mel_BTFM, speaks_BT, 1.0, jax.random.key(1))
+    np.testing.assert_array_equal(blurred_BTFM[~speaks_BT], mel_BTFM[~speaks_BT])
+    assert (jnp.abs(blurred_BTFM - mel_BTFM)[speaks_BT].max(axis=(1, 2)) > 0).all()
+    np.testing.assert_allclose(blur(mel_BTFM, speaks_BT, 0.0, jax.random.key(1)), mel_BTFM, atol=1e-5)
+
+
+@pytest.mark.parametrize("most", [0.5, 1.0])
+def test_each_example_keeps_its_variance_and_loses_a_share_of_itself(mel_BTFM, most):
+    blurred_BTFM = blur(mel_BTFM, jnp.ones((B, T), bool), most, jax.random.key(2))
+    before_BX, after_BX = (np.asarray(normalise(x)).reshape(B, -1) for x in (mel_BTFM, blurred_BTFM))
+    assert after_BX.var(axis=1) == pytest.approx(np.ones(B), abs=0.06)
+    kept_B = np.mean(before_BX * after_BX, axis=1) ** 2  # 1 - k
+    assert kept_B.min() == pytest.approx(1 - most, abs=0.1 * most)
+    assert kept_B.max() == pytest.approx(1, abs=0.1 * most)
+    assert np.mean(kept_B) == pytest.approx(1 - most / 2, abs=0.1 * most)
