@@ -9,7 +9,6 @@ Beam the worker processes are on other machines, and all else is the same (data_
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import functools
 import io
@@ -154,7 +153,7 @@ def build(
                 rendered = _prepare(experiment, progress, workers, beam_options)
         shutil.rmtree(home / STAGING, ignore_errors=True)
     except OSError as e:
-        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+        if files.is_full(e):
             raise UserError(f"the disk is full: free space for {home} and run again, what is there is kept") from None
         raise UserError(f"cannot write the dataset: {e}") from None
     counts = json.loads((home / "summary.json").read_text())

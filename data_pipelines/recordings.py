@@ -11,7 +11,6 @@ Legend: F mel frames, M mel channels.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import io
@@ -30,6 +29,7 @@ from tqdm import tqdm
 
 from data_pipelines import records
 from data_pipelines.manifest import Recording, fingerprint, open_video, read_manifest
+from tmljax import files
 from tmljax.config import Experiment, Stream, UserError
 from tmljax.stream import dmel
 from tmljax.stream.microturn import FRAME_SAMPLES, FRAMES, MICROTURN_SAMPLES, MICROTURN_SECONDS, SAMPLE_RATE
@@ -94,7 +94,7 @@ def prepare(manifest: str, experiment: Experiment, progress: bool = True) -> Pat
                 shutil.rmtree(home, ignore_errors=True)  # what an interrupted import left
                 store(home, stream, _import_all(recordings, experiment, manifest, progress))
     except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not files.is_full(e):
             raise UserError(f"cannot write the records of {manifest}: {e}") from None
         raise UserError(f"the disk is full; free space for {home} and run again") from None
     return home

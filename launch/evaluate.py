@@ -43,6 +43,7 @@ from tmljax.evals.timing import events_of
 from tmljax.model.interaction import Definition
 from tmljax.stream.microturn import FRAME_SAMPLES, FRAMES, MICROTURN_SECONDS, SAMPLE_RATE
 from tmljax.stream.record import Session
+from tmljax.train import metrics
 
 ALL = "all"
 SPLIT = "test"
@@ -107,7 +108,7 @@ def evaluate(options: Options) -> Report:
         facts=describe(engine, microturns, time.perf_counter() - begin),
         config=json.loads(to_json(engine.experiment)),
         sessions={family: len(indices) for family, indices in chosen.items()},
-        training=report.read_training(Path(options.workdir)),
+        training=metrics.read_rows(Path(options.workdir) / metrics.FILE),
         examples=gallery.examples,
         notes=[NOTE],
     )

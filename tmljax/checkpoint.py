@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import gc
 import json
 import os
@@ -140,8 +139,7 @@ class Checkpoints:
         ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
     def _failure(self, e: Exception) -> Exception:
-        full = "No space left on device" in str(e) or getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-        if not full:
+        if not files.is_full(e):
             return e
         kept = ", ".join(map(str, steps(self._folder.parent))) or "none"
         return UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,13 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """As UTF-8. Raises OSError."""
     with whole(path) as aside:
         aside.write_text(text, encoding="utf-8")
+
+
+def is_full(error: BaseException) -> bool:
+    """Was it for want of space, in the system's number or only in the words of a library?"""
+    numbers = (errno.ENOSPC, errno.EDQUOT)
+    words = [text for number in numbers for text in (os.strerror(number), f"(os error {number})")]
+    return getattr(error, "errno", None) in numbers or any(text in str(error) for text in words)
 
 
 def sync(path: Path) -> None:

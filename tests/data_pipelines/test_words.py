@@ -7,6 +7,7 @@ import pytest
 
 from data_pipelines import builder
 from data_pipelines.words import Pace, choose_tokenizer, measure_pace
+from launch.data import import_recordings
 from tests.data_pipelines.test_recordings import write_manifest, write_recording
 from tmljax import config
 from tmljax.config import UserError
@@ -47,6 +48,17 @@ def test_a_tokenizer_of_ones_own(tmp_path):
     assert len(choose_tokenizer(experiment(tmp_path, tokenizer=str(own))).encode_word("quixotic")) == 1
     with pytest.raises(UserError, match=r"nowhere\.json"):
         choose_tokenizer(experiment(tmp_path, tokenizer=str(tmp_path / "nowhere.json")))
+
+
+def test_an_import_says_when_the_words_come_too_fast(tmp_path):
+    fast = [[f"supercalifragilistic{i}", [1 + 0.1 * i, 1.1 + 0.1 * i], "SPEAKER_MAIN"] for i in range(10)]
+    said = {}
+    for name, words in (("slow", RARE), ("fast", fast)):
+        path = write_manifest(tmp_path, write_recording(tmp_path, name, alignments=words))
+        said[name] = import_recordings(str(path), experiment(tmp_path, recordings=str(path), window=10))
+    assert "; 1 words of the model, 2.00 tokens each, 0.0% written late" in said["slow"]
+    assert "keep pace" not in said["slow"]
+    assert "model_text_slots (now 1) lets it keep pace" in said["fast"]
 
 
 def test_pace_is_that_of_the_weave():

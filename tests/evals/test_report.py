@@ -12,7 +12,6 @@ import pytest
 import soundfile
 
 from tests.evals.hand import item, perform, reply, say, session
-from tmljax.config import UserError
 from tmljax.evals import charts, report, suite
 from tmljax.evals.baselines import always_silent
 from tmljax.evals.gallery import Gallery
@@ -154,16 +153,3 @@ def test_timeline_is_xml_with_everything_in_place():
 def test_words_find_room():
     assert seat([(0, 10), (5, 12), (11, 20), (11, 14)]) == [0, 1, 0, 2]
     assert seat([]) == []
-
-
-def test_damaged_journal_lines_are_passed_over(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss/total": 2.0}\n{"step": 2, "loss/\n[]\n')
-    assert report.read_training(tmp_path) == [{"step": 1, "loss/total": 2.0}]
-    assert report.read_training(tmp_path / "elsewhere") == []
-
-
-def test_unwritable_folder(tmp_path):
-    (tmp_path / "file").write_text("")
-    made = report.make("t", [Tally("model")], facts={}, config={}, sessions={})
-    with pytest.raises(UserError, match="cannot write"):
-        report.write(made, tmp_path / "file")

@@ -20,6 +20,7 @@ from tmljax import checkpoint
 from tmljax.config import Experiment, Model
 from tmljax.decode.engine import Arrays, Engine, compile_engine
 from tmljax.decode.tick import TickInput, init_state, tick
+from tmljax.fingerprint import flatten
 from tmljax.model.interaction import Definition
 from tmljax.model.trunk import unrolled
 from tmljax.stream.microturn import FRAMES, MEL, PATCH_VALUES, Layout
@@ -27,12 +28,6 @@ from tmljax.stream.text import Tokenizer
 
 BLOCKS = "trunk.blocks."
 PLATFORMS = ("cpu", "cuda", "tpu")
-
-
-def flatten(tree: Any) -> dict[str, Any]:
-    """{"blocks.attention.query": leaf}: the names of weights and state outside this program."""
-    leaves, _ = jax.tree.flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
 def unflatten(like: Any, named: dict[str, Any]) -> Any:

@@ -2,10 +2,9 @@
 
 Both become one flag per 25 ms frame: the output audio by energy, the claimed words by their times; pauses
 shorter than 0.3 s are closed, as the weave does; both lose the start by which the voice is late. Then each 200 ms
-cell of the micro-turn grid is on where at
-least a quarter of its frames are, the weave's rule for a held word, since the claim knows no finer time.
-Agreement is the share of cells in which both say the same. Silence alone can carry that, so the agreement
-within speech stands beside it: cells in which both speak over cells in which either does.
+cell of the micro-turn grid is on where at least a quarter of its frames are, the weave's rule for a held word, since
+the claim knows no finer time. Agreement is the share of cells in which both say the same. Silence alone can carry that,
+so the agreement within speech stands beside it: cells in which both speak over cells in which either does.
 """
 
 from __future__ import annotations
@@ -17,15 +16,13 @@ import numpy as np
 from tmljax.evals import intervals
 from tmljax.evals.item import Item, Measurement, Performance, gather, segments
 from tmljax.stream.microturn import FRAME_SAMPLES, FRAMES
-
-BREATH = 0.3  # seconds
-SHARE = 0.25  # of a cell's frames
+from tmljax.stream.weave import AUDIBLE, BREATH
 
 
 def cells(flags: np.ndarray) -> np.ndarray:
     """bool [frames] -> bool [frames / 8, rounded up]."""
     whole = np.pad(flags, (0, -len(flags) % FRAMES))
-    return whole.reshape(-1, FRAMES).mean(axis=1) >= SHARE
+    return whole.reshape(-1, FRAMES).mean(axis=1) >= AUDIBLE
 
 
 def both(performance: Performance) -> tuple[np.ndarray, np.ndarray]:

@@ -180,20 +180,6 @@ def band(estimate: Estimate) -> Markup:
     )
 
 
-def read_training(workdir: Path) -> list[dict[str, Any]]:
-    """Rows of metrics.jsonl; a line that was cut short by a crash is passed over, as is a missing file."""
-    path = workdir / "metrics.jsonl"
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int | float):
-            rows.append(row)
-    return rows
-
-
 def to_text(report: Report) -> str:
     """The headline table for a terminal."""
     lines = [["", *report.summaries]]

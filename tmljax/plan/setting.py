@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh, AxisType
 from tmljax.config import Experiment
 from tmljax.model.interaction import Definition
 from tmljax.plan.hardware import Slice
-from tmljax.sharding import AXES, BATCH_AXES, check_sizes, fill, members
+from tmljax.sharding import AXES, BATCH_AXES, check_platform, check_sizes, fill, members
 from tmljax.stream.microturn import FRAMES, MEL, MICROTURN_SECONDS, PATCH_VALUES, Layout
 from tmljax.train.optimizer import make_optimizer
 from tmljax.train.state import State, abstract_state, split
@@ -110,9 +110,11 @@ class Setting:
 
 
 def settle(experiment: Experiment, where: Slice) -> Setting:
-    """Raises UserError where the mesh does not make up the slice, or the batch or the model does not divide over it."""
+    """Raises UserError where the mesh does not make up the slice, the batch or the model does not divide over it, or
+    its chips lack what the config asks for."""
     setting = Setting(experiment, where, fill(experiment.mesh, where.devices))
     check_sizes(experiment, setting.axes)
+    check_platform(experiment.model.moe, setting.axes, "tpu" if where.compiles else "gpu")
     _ = setting.state
     return setting
 

@@ -13,7 +13,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import importlib.metadata
 import json
@@ -36,7 +35,6 @@ from tmljax.serve.bundle import FORMAT, FORMAT_VERSION, is_export
 from tmljax.stream.text import Tokenizer
 
 RECORDED = ("jax", "jaxlib", "flax", "numpy", "safetensors", "tokenizers")
-FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def export(
@@ -105,9 +103,8 @@ def _whole_directory(output: Path) -> Iterator[Path]:
         if output.exists():
             output.rename(replaced)
         folder.rename(output)
-    except (OSError, SafetensorError) as e:  # safetensors writes from Rust and has the number in its text
-        full = getattr(e, "errno", None) in FULL or any(f"(os error {number})" in str(e) for number in FULL)
-        raise UserError(f"cannot write {output}: {'the disk is full' if full else e}") from None
+    except (OSError, SafetensorError) as e:
+        raise UserError(f"cannot write {output}: {'the disk is full' if files.is_full(e) else e}") from None
     finally:
         if replaced.exists() and not output.exists():
             replaced.rename(output)

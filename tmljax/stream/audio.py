@@ -5,7 +5,6 @@ Legend: n samples.
 
 from __future__ import annotations
 
-import errno
 import os
 import struct
 import wave
@@ -94,7 +93,7 @@ def write_wav(path: str | os.PathLike[str], samples: np.ndarray, rate: int = SAM
             file.setframerate(rate)
             file.writeframes(np.ascontiguousarray(pcm, "<i2").tobytes())
     except OSError as e:
-        full = "the disk is full" if e.errno in (errno.ENOSPC, errno.EDQUOT) else e.strerror or str(e)
+        full = "the disk is full" if files.is_full(e) else e.strerror or str(e)
         raise UserError(f"cannot write {name}: {full}") from None
 
 

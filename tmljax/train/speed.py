@@ -1,9 +1,9 @@
 """How fast a run is, against the clock of the conversation and against the arithmetic of its devices.
 
 Model FLOPs are those of the mathematics: 6 per parameter of a matrix and place where it is applied (2 forward, 4
-backward), and 12 per head value and pair of positions that see each other. Recomputation, padding and masked-out
-work are not counted, a table that is looked up counts nothing, and a routed expert counts for the share of tokens it
-serves.
+backward), and 12 per head value and pair of positions that see each other. Recomputation and pairs that the window
+masks are not counted, a table that is looked up counts nothing, and a routed expert counts for the share of tokens it
+serves. Slots of text that hold nothing, and the end of a short example, count as positions like any other.
 """
 
 from __future__ import annotations
