@@ -26,11 +26,11 @@ import jax
 from absl import flags
 
 from data_pipelines import builder, loader
+from data_pipelines.words import choose_tokenizer
 from launch import verb
 from tmljax import cluster
 from tmljax.model.interaction import Definition
 from tmljax.sharding import batch_sharding, make_mesh
-from tmljax.stream.text import Tokenizer
 from tmljax.train.feed import to_devices
 from tmljax.train.objective import objective
 from tmljax.train.state import create_state
@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> None:
     cluster.keep_memory()
     experiment, steps = verb.experiment(), flags.FLAGS.steps
     builder.build(experiment)
-    tokenizer = Tokenizer.load(builder.tokenizer_path(experiment))
+    tokenizer = choose_tokenizer(experiment)
     mesh, model = make_mesh(experiment.mesh), Definition(experiment.stream, experiment.model)
     with contextlib.closing(loader.train_loader(experiment, tokenizer)) as batches:
         batch = to_devices(next(batches), batch_sharding(mesh))

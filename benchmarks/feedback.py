@@ -79,13 +79,14 @@ def speak(run, model: Definition, params, batch: Streams, fed: str) -> np.ndarra
 
 
 def right(sessions: Sequence[Session], text_NTS: np.ndarray, tokenizer: Tokenizer) -> float:
-    """Share of the replies due whose content is among the words begun in their window."""
+    """Share of the replies due whose content is among the words that sound in their window, by the text alone."""
     due = []
     for session, text_TS in zip(sessions, text_NTS):
         words = text_of(text_TS, tokenizer)
         for truth in session.truth:
             if truth["kind"] == "reply" and truth["content"]:
-                said = overlapping(words, *truth["window"])
+                begin, end = truth["window"]
+                said = overlapping(words, min(begin, truth["after"]), end)
                 due.append(contains((w.text for w in said), truth["content"]))
     return round(float(np.mean(due)), 3)
 

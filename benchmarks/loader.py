@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipelines import builder, loader, recordings
+from data_pipelines import loader, recordings
+from data_pipelines.words import choose_tokenizer
 from launch.verb import load_experiment
 from tmljax.config import Data, Experiment
 from tmljax.stream.microturn import FRAMES, MEL, MICROTURN_SECONDS
@@ -82,7 +83,7 @@ def main() -> None:
         if arguments.config:
             experiment = load_experiment(arguments.config, [])
             sources = loader.open_sources(experiment, "train")
-            tokenizer = Tokenizer.load(builder.tokenizer_path(experiment))
+            tokenizer = choose_tokenizer(experiment)
         else:
             experiment = Experiment(data=Data(root=folder))
             home = Path(folder) / "noise"

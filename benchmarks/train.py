@@ -3,7 +3,7 @@
     python -m benchmarks.train --config=configs/demo.py [--steps=30] [--start=cold|warm]
 
 Trains the config for a few steps as the verb does, data and all, and reports the median step. "share_of_peak" is model
-FLOPs (tmljax/train/speed.py: no padding, no recomputation) against the fastest large matrix product that this process
+FLOPs (tmljax/train/speed.py: no recomputation) against the fastest large matrix product that this process
 measured, in the dtype of the activations. "start_seconds" runs from the start of the process to the end of the first
 step; a cold start finds no compiled program. Data is built before the clock starts where it is not there.
 """

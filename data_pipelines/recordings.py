@@ -93,10 +93,14 @@ def prepare(manifest: str, experiment: Experiment, progress: bool = True) -> Pat
             if not Recorded(home, stream).whole:
                 shutil.rmtree(home, ignore_errors=True)  # what an interrupted import left
                 store(home, stream, _import_all(recordings, experiment, manifest, progress))
-    except OSError as e:
-        if not files.is_full(e):
+    except UserError:
+        raise
+    except (OSError, RuntimeError, ValueError) as e:  # ArrayRecord has its own ways to say it
+        if files.is_full(e):
+            raise UserError(f"the disk is full; free space for {home} and run again") from None
+        if isinstance(e, OSError):
             raise UserError(f"cannot write the records of {manifest}: {e}") from None
-        raise UserError(f"the disk is full; free space for {home} and run again") from None
+        raise
     return home
 
 

@@ -14,7 +14,7 @@ import scipy.fft
 from data_pipelines.scenarios.stage import ROOMS
 from data_pipelines.scenes import draw
 from data_pipelines.score import Score, Speech
-from data_pipelines.voices import Voice
+from data_pipelines.voices import Voice, utter
 from tmljax.stream.dmel import LOOK_BACK, SILENCE_MEL, log_mel, quantise
 from tmljax.stream.microturn import FRAME_SAMPLES, MEL, MICROTURN_SAMPLES, SAMPLE_RATE
 from tmljax.stream.record import Session, Word
@@ -31,7 +31,7 @@ def render(score: Score, name: str, voices: Voice, rng: np.random.Generator, kee
     model = np.zeros(samples, np.float32)
     for speech in score.speeches:
         if speech.track == "model":
-            _add(model, _cut(voices.say(speech.text, speech.speaker).samples, speech), speech.start)
+            _add(model, _cut(utter(voices, speech.text, speech.speaker).samples, speech), speech.start)
     user = _int16(_user_channel(score, samples, voices, rng)) if score.listens else None
     audio = None
     if keep_audio:
@@ -82,7 +82,7 @@ def _user_channel(score: Score, samples: int, voices: Voice, rng: np.random.Gene
     for speech in score.speeches:
         if speech.track == "model":
             continue
-        said = voices.say(speech.text, speech.speaker).samples
+        said = utter(voices, speech.text, speech.speaker).samples
         gain = level * 10 ** (speech.gain_db / 20) / max(float(np.sqrt(np.mean(said * said))), 1e-4)
         if speech.track == "other":
             said = _filtered(said, _responses(True)[0 if acoustics.room is None else acoustics.room])

@@ -111,6 +111,6 @@ def _write_shard(path: Path, examples: Iterable[tuple[int, dict[str, Any]]], str
     try:
         _shard_writer(stream).write(examples, path)
     except (RuntimeError, ValueError) as e:
-        if "space left" in str(e) or "RESOURCE_EXHAUSTED" in str(e):
+        if files.is_full(e):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
         raise

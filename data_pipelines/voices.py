@@ -11,11 +11,10 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import itertools
-import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -78,18 +77,23 @@ class Utterance:
 class Voice(Protocol):
     """Anything that speaks for everybody; a better synthesiser drops in here."""
 
-    def say(self, text: str, speaker: Speaker) -> Utterance:
-        """What the model says (`MODEL`) must be `in_step`."""
+    def say(self, text: str, speaker: Speaker) -> Utterance: ...
 
 
-def in_step(words: Iterable[Utterance]) -> Utterance:
-    """Utterances of one word each, one after the other, each from the start of a micro-turn.
+def utter(voices: Voice, text: str, speaker: Speaker) -> Utterance:
+    """What is heard when they say it: people speak, the model says word after word."""
+    return (
+        in_step([voices.say(word, MODEL) for word in text.split()]) if speaker == MODEL else voices.say(text, speaker)
+    )
+
+
+def in_step(spoken: Sequence[Utterance]) -> Utterance:
+    """Utterances of one word each (at least one), one after the other, each from the start of a micro-turn.
 
     A voice that speaks whole sentences lets each word hint at the next, in pace, melody and how sounds run together.
     The model chooses a word a micro-turn before it sounds, and hears itself: in training it would read from its own
     speech what to say, and be at a loss when it has to speak.
     """
-    spoken = list(words)
     turns = [-(-len(word.samples) // MICROTURN_SAMPLES) for word in spoken]
     starts = MICROTURN_SAMPLES * np.cumsum([0, *turns[:-1]])
     samples = np.zeros(starts[-1] + len(spoken[-1].samples), np.float32)
@@ -278,9 +282,4 @@ class Voices:
         self._utterance = lru_cache(utterances)(self._espeak.say)
 
     def say(self, text: str, speaker: Speaker) -> Utterance:
-        return in_step(map(self._word, text.split())) if speaker == MODEL else self._utterance(text, speaker)
-
-
-def level_db(samples: np.ndarray) -> float:
-    """Root mean square in dB of full scale."""
-    return 20 * math.log10(max(float(np.sqrt(np.mean(np.square(samples)))), 1e-6)) if len(samples) else -120.0
+        return self._word(text) if speaker == MODEL else self._utterance(text, speaker)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data_pipelines import builder, manifest
-from tmljax.config import Experiment
+from tmljax.config import Experiment, UserError
 from tmljax.stream.microturn import OUTPUT_LAG, Layout, input_microturn
 from tmljax.stream.record import Word
 from tmljax.stream.text import Tokenizer, spoken_form
@@ -18,21 +18,38 @@ from tmljax.stream.weave import place_tokens
 
 
 def choose_tokenizer(experiment: Experiment) -> Tokenizer:
-    """config.data.tokenizer, or one of the words of the prepared dataset and of all recordings.
+    """config.data.tokenizer, or one of the words of all data that is mixed in, held-out recordings included.
 
     Raises UserError for what is wrong in any of the files.
     """
-    if experiment.data.tokenizer:
-        return Tokenizer.load(experiment.data.tokenizer)
-    recorded = manifest.recorded(experiment.data.recordings)
+    own, recorded = own_tokenizer(experiment), manifest.recorded(experiment.data.recordings)
+    if own is not None:
+        return own
     if not recorded:
         return Tokenizer.load(builder.tokenizer_path(experiment))
-    words = Counter(json.loads((builder.folder(experiment) / "summary.json").read_text())["words"])
+    counts: Counter[str] = Counter()
+    if manifest.parse_manifests(experiment.data.recordings).get(manifest.SYNTHETIC, 1.0):
+        counts.update(json.loads((builder.folder(experiment) / "summary.json").read_text())["words"])
     for path in recorded:
         for one in manifest.read_manifest(path, experiment.stream):
-            said = (*one.model_words, *(one.user_words or ()), *one.typed)
-            words.update(word for w in said for word in spoken_form(w.text).split())
-    return Tokenizer.of_words(words, experiment.stream.vocab_size)
+            spoken = (*one.model_words, *(one.user_words or ()))
+            counts.update(word for w in spoken for word in spoken_form(w.text).split())
+            counts.update(word for w in one.typed for word in w.text.split())
+    return Tokenizer.of_words(counts, experiment.stream.vocab_size)
+
+
+def own_tokenizer(experiment: Experiment) -> Tokenizer | None:
+    """That of config.data.tokenizer, None where it names none. Raises UserError where it cannot be used."""
+    path = experiment.data.tokenizer
+    if not path:
+        return None
+    tokenizer, most = Tokenizer.load(path), experiment.stream.vocab_size
+    if tokenizer.vocab_size > most:
+        raise UserError(
+            f"config.data.tokenizer={path} has {tokenizer.vocab_size} tokens with the control tokens, more than "
+            f"config.stream.vocab_size={most}"
+        )
+    return tokenizer
 
 
 class Pace(NamedTuple):

@@ -17,10 +17,11 @@ from collections.abc import Sequence
 from absl import flags
 
 from data_pipelines import builder, manifest, recordings
-from data_pipelines.words import choose_tokenizer, measure_pace
+from data_pipelines.words import choose_tokenizer, measure_pace, own_tokenizer
 from launch import verb
 from tmljax.config import Experiment, UserError
 from tmljax.stream.microturn import Layout
+from tmljax.stream.text import Tokenizer
 
 
 def define_flags() -> None:
@@ -36,15 +37,17 @@ def main(argv: Sequence[str]) -> None:
     options = shlex.split(given.beam_options) if given.runner == "beam" else None
     experiment = verb.experiment()
     manifests = manifest.recorded(experiment.data.recordings)
+    own_tokenizer(experiment)
     print(table(builder.build(experiment, beam_options=options)))
-    for path in manifests:
-        print(import_recordings(path, experiment))
+    if manifests:
+        tokenizer = choose_tokenizer(experiment)
+        for path in manifests:
+            print(import_recordings(path, experiment, tokenizer))
 
 
-def import_recordings(path: str, experiment: Experiment) -> str:
+def import_recordings(path: str, experiment: Experiment, tokenizer: Tokenizer) -> str:
     """Imports a manifest and says what it holds, and whether one can write as fast as its people speak."""
-    home = recordings.prepare(path, experiment)
-    layout, tokenizer = Layout(experiment.stream), choose_tokenizer(experiment)
+    home, layout = recordings.prepare(path, experiment), Layout(experiment.stream)
     read = manifest.read_manifest(path, experiment.stream)
     counts = [measure_pace(one.model_words, layout, tokenizer) for one in read]
     said, tokens, late = (sum(column) for column in zip(*counts))

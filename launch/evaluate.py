@@ -74,21 +74,22 @@ class Options:
     fdb: int | None = None
     icc: str | None = None
     pictures: str | None = None
-    config_field: Sequence[str] = ()
+    overrides: Sequence[str] = ()
 
 
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise UserError(f"{argv[1]!r} is not a flag; see --help")
-    given = {f.name: flags.FLAGS[f.name].value for f in dataclasses.fields(Options)}
-    evaluate(Options(**given | {"output": Path(given["output"] or given["workdir"])}))
+    given = {f.name: flags.FLAGS[f.name].value for f in dataclasses.fields(Options) if f.name in flags.FLAGS}
+    output = Path(given["output"] or given["workdir"])
+    evaluate(Options(**given | {"output": output, "overrides": verb.overrides()}))
 
 
 def evaluate(options: Options) -> Report:
     """The verb. Raises UserError for bad input before any work is done."""
     references = read_references(options.icc)
     cluster.enable_compile_cache()
-    adapt = partial(verb.adapt, overrides=options.config_field)
+    adapt = partial(verb.adapt, overrides=options.overrides)
     engine = engine_from_workdir(options.workdir, options.sessions, options.step, adapt)
     split = open_split(engine.experiment, SPLIT)
     chosen, microturns = choose(split, options.suite, options.limit)

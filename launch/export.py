@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise UserError(f"{argv[1]!r} is not a flag; see --help")
     given = flags.FLAGS
-    export_workdir(given.workdir, given.output, given.sessions, given.step, given.config_field)
+    export_workdir(given.workdir, given.output, given.sessions, given.step, verb.overrides())
 
 
 def export_workdir(

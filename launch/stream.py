@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> None:
         stereo=given.stereo,
         seed=given.seed,
         step=given.step,
-        overrides=given.config_field,
+        overrides=verb.overrides(),
     )
 
 

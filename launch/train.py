@@ -20,7 +20,7 @@ from typing import TextIO
 from absl import flags
 
 from data_pipelines import builder, loader, manifest, recordings
-from data_pipelines.words import choose_tokenizer
+from data_pipelines.words import choose_tokenizer, own_tokenizer
 from launch import BEGAN, verb
 from tmljax import checkpoint, cluster, pulse
 from tmljax.config import Experiment, UserError
@@ -68,6 +68,7 @@ def train_workdir(
     check(experiment, mesh)
     rows = process_rows(mesh, experiment.data.batch)
     manifest.parse_manifests(experiment.data.recordings)
+    own_tokenizer(experiment)
     checkpoint.keep_config(workdir, experiment)  # what cannot be done has been refused, and leaves no trace
     tokenizer = prepare_data(experiment, workdir)
     model = Definition(experiment.stream, experiment.model)
@@ -88,20 +89,18 @@ def train_workdir(
 
 
 def prepare_data(experiment: Experiment, workdir: str) -> Tokenizer:
-    """Builds and imports the data where it is absent; keeps the tokenizer, which a checkpoint is nothing without."""
+    """Builds and imports the data where it is absent. The tokenizer, which a checkpoint is nothing without, is chosen
+    by the first run in a workdir; all processes and later runs take it from there."""
     pulse.at("building the dataset")
+    path = Path(workdir) / checkpoint.TOKENIZER
     if cluster.is_lead():
         builder.build(experiment)
-        for path in manifest.recorded(experiment.data.recordings):
-            recordings.prepare(path, experiment)
+        for recorded in manifest.recorded(experiment.data.recordings):
+            recordings.prepare(recorded, experiment)
+        if not (path.exists() and checkpoint.steps(workdir)):
+            choose_tokenizer(experiment).save(path)
     cluster.wait_for_all("dataset")
-    tokenizer = choose_tokenizer(experiment)
-    path = Path(workdir) / checkpoint.TOKENIZER
-    if path.exists() and checkpoint.steps(workdir) and path.read_text(encoding="utf-8") != tokenizer.to_json():
-        raise UserError(f"{path} is not the tokenizer of the data that config.data names; use another --workdir")
-    if cluster.is_lead():
-        tokenizer.save(path)
-    return tokenizer
+    return Tokenizer.load(path)
 
 
 if __name__ == "__main__":

@@ -68,15 +68,22 @@ def define_serving() -> None:
     )
 
 
-def adapt(experiment: Experiment, overrides: Sequence[str]) -> Experiment:
-    """The experiment of a checkpoint with FIELD=VALUE overrides. Raises UserError for a field that training fixed."""
-    tree = dataclasses.asdict(experiment)
-    for override in overrides:
-        field, _, text = override.partition("=")
+def overrides() -> list[str]:
+    """The FIELD=VALUE flags of a serving verb. Raises UserError for a field that training fixed."""
+    for override in flags.FLAGS.config_field:
+        field = override.partition("=")[0]
         if field not in SERVING:
             near = difflib.get_close_matches(field, SERVING, n=1)
             hint = f"did you mean config.{near[0]}?" if near else f"what can be is {', '.join(SERVING)}"
             raise UserError(f"config.{field} cannot be set after training; {hint}")
+    return flags.FLAGS.config_field
+
+
+def adapt(trained: Experiment, overrides: Sequence[str]) -> Experiment:
+    """The experiment of a checkpoint with FIELD=VALUE `overrides`. Raises UserError for an impossible value."""
+    tree = dataclasses.asdict(trained)
+    for override in overrides:
+        field, _, text = override.partition("=")
         set_field(tree, field.split("."), text)
     return from_config_dict(ml_collections.ConfigDict(tree, type_safe=False))
 
@@ -204,5 +211,5 @@ def set_field(tree: dict[str, Any], path: Sequence[str], text: str) -> None:
 def parse_value(text: str) -> Any:
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         return text

@@ -71,3 +71,18 @@ def test_nobody_reads_half_a_file_of_a_process_that_is_killed(tmp_path):
     child.wait()
     seen.add((tmp_path / "a.txt").read_text())
     assert seen == {"a" * 300_000, "b" * 300_000}
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), True),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), True),
+        (RuntimeError("UNKNOWN: write failed: No space left on device; writing a.array_record"), True),
+        (ValueError("I/O error: Disk quota exceeded (os error 122)"), True),
+        (OSError(errno.EACCES, "Permission denied"), False),
+        (ValueError("RESOURCE_EXHAUSTED: out of memory"), False),
+    ],
+)
+def test_a_full_disk_is_told_from_other_failures(error, full):
+    assert files.is_full(error) is full

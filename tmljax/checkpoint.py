@@ -39,7 +39,7 @@ CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
 BEST = "best"
 # What a resumed run may change: how long (which moves the end of the schedule), how often and where, how the same
-# numbers are computed, and what is for serving alone.
+# numbers are computed (where none are dropped), and what is for serving alone.
 FREE = (
     *("train.steps", "train.log_every", "train.save_every", "train.keep", "train.eval_every", "train.eval_batches"),
     *("data.root", "data.workers", "model.remat", "model.flow.steps", "model.flow.temperature"),
@@ -264,7 +264,10 @@ def load_for_serving(workdir: str | Path, step: int | None = None) -> tuple[Expe
         raise _all_damaged(workdir, {step: e}) from None
     except Unreachable as e:
         raise _unreachable(workdir, step, e) from None
-    experiment = config.from_tree(Experiment, progress["config"])
+    try:
+        experiment = config.from_tree(Experiment, progress["config"])
+    except UserError as e:
+        raise UserError(f"checkpoint {step} of {workdir} is of another version of tmljax: {e}; train it anew") from None
     return experiment, Tokenizer.load(Path(workdir) / TOKENIZER), params
 
 
@@ -302,11 +305,14 @@ def keep_config(workdir: str | Path, experiment: Experiment) -> None:
     """Writes config.json. Raises UserError naming the fields where the workdir's checkpoints were trained otherwise."""
     path = Path(workdir) / CONFIG
     if path.exists() and steps(workdir):
-        before = config.from_json(path.read_text())
+        try:
+            before = json.loads(path.read_text())
+        except json.JSONDecodeError as e:
+            raise UserError(f"{path} is not JSON ({e}); bring it back from a copy, or use another --workdir") from None
         changed = [
             f"config.{name} was {old!r}, now {new!r}"
-            for name, old, new in differences(dataclasses.asdict(before), dataclasses.asdict(experiment))
-            if name not in FREE and not name.startswith(FREE_GROUPS)
+            for name, old, new in differences(before, dataclasses.asdict(experiment))
+            if not is_free(name, experiment)
         ]
         if changed:
             raise UserError(
@@ -315,6 +321,12 @@ def keep_config(workdir: str | Path, experiment: Experiment) -> None:
     if cluster.is_lead():
         path.parent.mkdir(parents=True, exist_ok=True)
         files.write_text(path, config.to_json(experiment))
+
+
+def is_free(name: str, experiment: Experiment) -> bool:
+    if name == "model.moe.exchange" and experiment.model.moe.capacity_factor is not None:
+        return False  # each drops others
+    return name in FREE or name.startswith(FREE_GROUPS)
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from data_pipelines.scenarios.language import Request, choose, hesitant
 from data_pipelines.score import Acoustics, Score, Speech, Track, Truth, boundary, clip_words
-from data_pipelines.voices import MODEL, Speaker, Voice, draw_speaker
+from data_pipelines.voices import MODEL, Speaker, Voice, draw_speaker, utter
 from tmljax.config import Stream
 from tmljax.stream.microturn import MICROTURN_SECONDS
 from tmljax.stream.record import Word
@@ -39,7 +39,7 @@ class Stage:
         self.clock += self.rng.uniform(low, high)
 
     def speak(self, track: Track, text: str, speaker: Speaker, start: float, gain_db: float = 0.0) -> Speech:
-        utterance = self._voices.say(text, speaker)
+        utterance = utter(self._voices, text, speaker)
         start = round(start * 16_000) / 16_000
         words = tuple(Word(w.text, round(w.start + start, 4), round(w.end + start, 4)) for w in utterance.words)
         speech = Speech(track, text, speaker, start, start + utterance.seconds, words, gain_db)

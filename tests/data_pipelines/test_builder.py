@@ -219,7 +219,7 @@ def test_the_mixture_decides_the_families(tmp_path):
 
 def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, monkeypatch):
     wanted = experiment(tmp_path)
-    monkeypatch.setattr(staging, "_write_shard", _full_after(4, staging._write_shard))
+    monkeypatch.setattr(staging, "_shard_writer", _full_after(4, staging._shard_writer))
     with pytest.raises(UserError, match="disk is full"):
         builder.build(wanted, progress=False, workers=1)
     kept = builder.folder(wanted) / builder.STAGING
@@ -229,16 +229,21 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, monkeypatch):
     assert not kept.exists()
 
 
-def _full_after(count, write):
+def _full_after(count, make):
+    """A writer that fails as ArrayRecord's does."""
     written = []
 
-    def limited(path, examples, stream):
-        if len(written) == count:
-            raise OSError(28, "No space left on device", str(path))
-        written.append(path)
-        write(path, examples, stream)
+    class Limited:
+        def __init__(self, stream):
+            self._writer = make(stream)
 
-    return limited
+        def write(self, examples, path):
+            if len(written) == count:
+                raise RuntimeError(f"UNKNOWN: Failed to write to {path}: No space left on device; writing {path}")
+            written.append(path)
+            self._writer.write(examples, path)
+
+    return Limited
 
 
 def test_shards_cover_each_session_once():

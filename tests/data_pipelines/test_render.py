@@ -1,5 +1,6 @@
 """Waveforms: level, noise, rooms, overlap; features equal to those of the whole file."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +10,7 @@ from data_pipelines.render import render, sparse_log_mel
 from data_pipelines.scenarios import FAMILIES
 from data_pipelines.scenarios.stage import Stage
 from data_pipelines.score import Acoustics, Score, Speech
-from data_pipelines.voices import MODEL, Speaker, Voices, level_db
+from data_pipelines.voices import MODEL, Speaker, Voices, utter
 from tmljax.config import Stream
 from tmljax.stream.audio import voiced_segments
 from tmljax.stream.dmel import log_mel, quantise
@@ -20,13 +21,18 @@ DRY = Acoustics(level_db=-20, noise="white", snr_db=None, room=None)
 USER, NEIGHBOUR = Speaker("us", "f3", 190, 50, 50), Speaker("rp", "m1", 190, 50, 50)
 
 
+def level_db(samples: np.ndarray) -> float:
+    """Root mean square in dB of full scale."""
+    return 20 * math.log10(max(float(np.sqrt(np.mean(np.square(samples)))), 1e-6))
+
+
 @pytest.fixture(scope="module")
 def voices():
     return Voices()
 
 
 def speech(voices, track, text, speaker, start, **changes) -> Speech:
-    said = voices.say(text, speaker)
+    said = utter(voices, text, speaker)
     words = tuple(Word(w.text, w.start + start, w.end + start) for w in said.words)
     return Speech(track, text, speaker, start, start + said.seconds, words, **changes)
 

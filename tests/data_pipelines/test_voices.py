@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from data_pipelines.voices import MODEL, Speaker, Voices, cast, draw_speaker, split_of
+from data_pipelines.voices import MODEL, Speaker, Voices, cast, draw_speaker, split_of, utter
 from tmljax.stream.microturn import MICROTURN_SAMPLES, SAMPLE_RATE
 
 SENTENCES = ("what is three plus five", "my favourite colour is purple", "wait, repeat after me tiger window")
@@ -37,7 +37,7 @@ def test_a_sentence_belongs_to_one_split_in_every_process():
 @pytest.mark.parametrize("text", SENTENCES)
 def test_words_are_where_the_sound_is(voices, text):
     for speaker in [MODEL, *crowd(4)]:
-        said = voices.say(text, speaker)
+        said = utter(voices, text, speaker)
         assert [w.text for w in said.words] == text.replace(",", "").split()
         inside = np.zeros(len(said.samples), bool)
         for a, b in pairwise(said.words):
@@ -53,7 +53,7 @@ def test_words_are_where_the_sound_is(voices, text):
 
 def test_nothing_the_model_says_depends_on_what_it_will_say(voices):
     """Bit for bit until the word that differs, which starts on the grid: else it could hear itself say it before."""
-    said = [voices.say(f"the answer is {number}", MODEL) for number in ("twelve", "two", "three plus four")]
+    said = [utter(voices, f"the answer is {number}", MODEL) for number in ("twelve", "two", "three plus four")]
     border = round(said[0].words[3].start * SAMPLE_RATE)
     assert border % MICROTURN_SAMPLES == 0
     for other in said[1:]:
@@ -104,6 +104,6 @@ def test_speakers_differ_and_rate_is_obeyed(voices):
 
 def test_letters_are_named(voices):
     """As a letter "a" is longer than the article, and is told from it by who says it."""
-    letter = voices.say("c, a, t", MODEL).words[1]
+    letter = utter(voices, "c a t", MODEL).words[1]
     assert letter.text == "a"
     assert letter.end - letter.start > 0.1

@@ -55,8 +55,9 @@ def test_an_import_says_when_the_words_come_too_fast(tmp_path):
     said = {}
     for name, words in (("slow", RARE), ("fast", fast)):
         path = write_manifest(tmp_path, write_recording(tmp_path, name, alignments=words))
-        said[name] = import_recordings(str(path), experiment(tmp_path, recordings=str(path), window=10))
-    assert "; 1 words of the model, 2.00 tokens each, 0.0% written late" in said["slow"]
+        made = experiment(tmp_path, recordings=str(path), window=10)
+        said[name] = import_recordings(str(path), made, choose_tokenizer(made))
+    assert "; 1 words of the model, 1.00 tokens each, 0.0% written late" in said["slow"]
     assert "keep pace" not in said["slow"]
     assert "model_text_slots (now 1) lets it keep pace" in said["fast"]
 

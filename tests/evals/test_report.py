@@ -12,6 +12,7 @@ import pytest
 import soundfile
 
 from tests.evals.hand import item, perform, reply, say, session
+from tmljax.config import UserError
 from tmljax.evals import charts, report, suite
 from tmljax.evals.baselines import always_silent
 from tmljax.evals.gallery import Gallery
@@ -153,3 +154,10 @@ def test_timeline_is_xml_with_everything_in_place():
 def test_words_find_room():
     assert seat([(0, 10), (5, 12), (11, 20), (11, 14)]) == [0, 1, 0, 2]
     assert seat([]) == []
+
+
+def test_unwritable_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    made = report.make("t", [Tally("model")], facts={}, config={}, sessions={})
+    with pytest.raises(UserError, match="cannot write"):
+        report.write(made, tmp_path / "file")

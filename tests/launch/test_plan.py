@@ -10,6 +10,7 @@ import pytest
 from tmljax import config
 from tmljax.plan import compile as compiler
 from tmljax.plan.hardware import find_slice
+from tmljax.plan.setting import settle
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,6 +35,13 @@ def test_an_unknown_topology_is_one_line():
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: --topology=v5q:4x8x8: did you mean v5p? known are v4:2x2x1")
     assert "Traceback" not in done.stderr
+
+
+def test_gpus_are_not_planned_with_what_they_lack():
+    experiment = config.from_tree(config.Experiment, {"model": {"moe": {"matmul": "grouped"}}})
+    assert settle(experiment, find_slice("v5p:2x2x1")).axes["data"] == 4
+    with pytest.raises(config.UserError, match=r"kernel for TPUs; on gpu use config.model.moe.matmul='ragged'"):
+        settle(experiment, find_slice("h100:1x2"))
 
 
 def test_without_libtpu_the_remedy_is_named(monkeypatch):

@@ -121,6 +121,17 @@ def test_an_export_streams_the_same_bytes(workdir, exported, speech, tmp_path):
     assert (tmp_path / "other.wav").read_bytes() != (tmp_path / "export.wav").read_bytes()
 
 
+def test_serving_sets_its_own_sampling(workdir, speech, tmp_path):
+    cold = "--config.sampling.temperature=0"
+    assert run(export, cold, workdir=workdir, output=tmp_path / "cold") == 0
+    assert config.from_json((tmp_path / "cold/config.json").read_text()).sampling.temperature == 0
+    heard = []
+    for folder, flag in ((workdir, ()), (workdir, (cold,)), (tmp_path / "cold", ())):
+        assert run(stream, *flag, workdir=folder, input=speech, output=tmp_path / "out.wav", seed=5) == 0
+        heard.append((tmp_path / "out.wav").read_bytes())
+    assert heard[0] != heard[1] == heard[2]
+
+
 @pytest.fixture
 def one_engine(exported, monkeypatch):
     """Compiled once for all the tests whose matter is the file."""
@@ -229,6 +240,8 @@ def expect_one_line(capsys, *parts: str) -> None:
         ({"seed": "-1"}, ["seed"]),
         ({"speed": "2"}, ["speed"]),
         ({"step": "7"}, ["leave --step out"]),
+        ({"config.sampling.temperature": "1"}, ["is an export", "set config.sampling.temperature=1 when exporting"]),
+        ({"config.model.layers": "1"}, ["config.model.layers cannot be set after training"]),
     ],
 )
 def test_bad_flags(exported, speech, tmp_path, monkeypatch, capsys, changed, parts):

@@ -31,13 +31,26 @@ def config_file(tmp_path):
 
 
 @pytest.fixture
-def own_flags(monkeypatch):
-    """Flags of one verb, as in a process of its own."""
+def no_flags(monkeypatch):
+    """As in a process of its own."""
     values = flags.FlagValues()
     monkeypatch.setattr(flags, "FLAGS", values)
     define = {"DEFINE_string": flags.DEFINE_string, "DEFINE_multi_string": flags.DEFINE_multi_string}
     for name, function in define.items():
         monkeypatch.setattr(flags, name, lambda *a, f=function, **k: f(*a, flag_values=values, **k))
+    return values
+
+
+@pytest.fixture
+def serving_flags(no_flags):
+    verb.define_serving()
+    return no_flags
+
+
+@pytest.fixture
+def own_flags(no_flags):
+    """Flags of one verb."""
+    values = no_flags
     verb.define_config()
     flags.DEFINE_string("workdir", None, "where it goes", required=True)
     return values
@@ -124,11 +137,22 @@ def test_serving_may_set_what_training_did_not_use():
     [
         ("model.layers=8", "config.model.layers cannot be set after training"),
         ("sampling.temprature=1", "did you mean config.sampling.temperature"),
+    ],
+)
+def test_serving_may_not_change_the_model(serving_flags, override, said):
+    serving_flags(["verb", f"--config_field={override}"])
+    with pytest.raises(UserError, match=re.escape(said)):
+        verb.overrides()
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
         ("sampling.temperature=hot", "config.sampling.temperature must be float"),
         ("sampling.top_k=-1", "config.sampling.top_k=-1 must be at least 0"),
     ],
 )
-def test_serving_may_not_change_the_model(override, said):
+def test_serving_may_not_set_the_impossible(override, said):
     with pytest.raises(UserError, match=re.escape(said)):
         verb.adapt(Experiment(), [override])
 

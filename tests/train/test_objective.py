@@ -1,11 +1,17 @@
 """What the model hears of itself in training."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.model.test_laws import DEFINITION, random_batch
+from tmljax import config
 from tmljax.ops.flow import normalise
+from tmljax.stream import dmel
+from tmljax.train import objective
 from tmljax.train.objective import blur
 
 B, T = 64, 20
@@ -33,3 +39,27 @@ def test_each_example_keeps_its_variance_and_loses_a_share_of_itself(mel_BTFM, m
     assert kept_B.min() == pytest.approx(1 - most, abs=0.1 * most)
     assert kept_B.max() == pytest.approx(1, abs=0.1 * most)
     assert np.mean(kept_B) == pytest.approx(1 - most / 2, abs=0.1 * most)
+
+
+@pytest.fixture
+def lose(monkeypatch):
+    """Metrics of one batch with this much noise; "loss/flow" is the mean of the mel that the flow head is to learn."""
+    monkeypatch.setattr(objective, "flow_loss", lambda model, condition, mel, speaks, key: jnp.mean(mel))
+    params, batch = DEFINITION.init(jax.random.key(1)), random_batch(2)
+    batch["model_mel"] = dmel.dequantise(dmel.quantise(batch["model_mel"]))  # no value on the border of two bins
+
+    def metrics(noise: float, key: jax.Array | None) -> dict[str, float]:
+        model = replace(DEFINITION.model, flow=replace(DEFINITION.model.flow, feedback_noise=noise))
+        definition = replace(DEFINITION, model=model)
+        run = jax.jit(lambda p: objective.objective(definition, p, batch, key, config.Loss())[1][0])
+        return {name: float(value) for name, value in run(params).items()}
+
+    return metrics
+
+
+def test_the_trunk_hears_the_blurred_mel_and_the_flow_head_learns_the_clean_one(lose):
+    held_out, clean, blurred = lose(1.0, None), lose(0.0, jax.random.key(3)), lose(1.0, jax.random.key(3))
+    for name in ("loss/text", "loss/heard"):
+        assert clean[name] == pytest.approx(held_out[name], rel=1e-5)
+        assert abs(blurred[name] - held_out[name]) > 1e-4 * held_out[name]
+    assert blurred["loss/flow"] == clean["loss/flow"] == held_out["loss/flow"]

@@ -22,7 +22,7 @@ from tmljax.decode.engine import Arrays, Engine, compile_engine
 from tmljax.stream.text import Tokenizer
 
 FORMAT = "tmljax-export"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 FILES = ("weights.safetensors", "tick.stablehlo", "state.json", "config.json", "tokenizer.json")
 
 

@@ -72,7 +72,7 @@ class Tokenizer:
     @classmethod
     def of_words(cls, counts: Mapping[str, int], vocab_size: int) -> Tokenizer:
         """Trained on words, each as often as it was counted."""
-        return cls.train((f" {word}" * count for word, count in sorted(counts.items())), vocab_size)
+        return cls.train((" ".join([word] * count) for word, count in sorted(counts.items())), vocab_size)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Tokenizer:

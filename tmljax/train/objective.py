@@ -26,15 +26,26 @@ class Routing(NamedTuple):
 
 
 def objective(
-    definition: Definition, params: Params, batch: Batch, key: jax.Array, weights: config.Loss, mesh: Mesh | None = None
+    definition: Definition,
+    params: Params,
+    batch: Batch,
+    key: jax.Array | None,
+    weights: config.Loss,
+    mesh: Mesh | None = None,
 ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Routing]]:
-    """Returns the loss and (metrics, routing). Every metric is a float32 scalar; `loss/*` terms are unweighted."""
+    """Returns the loss and (metrics, routing). Every metric is a float32 scalar; `loss/*` terms are unweighted.
+
+    Without a key it is that of held-out data: the model hears its own speech unblurred, as when it is used, and the
+    noise of the flow is the same each time.
+    """
     model = definition.bind(params)
-    k_feedback, k_flow = jax.random.split(key)
+    k_feedback, k_flow = jax.random.split(jax.random.key(0) if key is None else key)
     target_BTS = batch["model_text"]
     speaks_BT = jnp.any(target_BTS != IDLE, axis=2)
-    heard_of_itself = blur(batch["model_mel"], speaks_BT, definition.model.flow.feedback_noise, k_feedback)
-    out = model(batch | {"model_mel": heard_of_itself}, mesh)
+    fed_back = batch["model_mel"]
+    if key is not None:
+        fed_back = blur(fed_back, speaks_BT, definition.model.flow.feedback_noise, k_feedback)
+    out = model(batch | {"model_mel": fed_back}, mesh)
     valid_BT = batch["valid"].astype(jnp.float32)
 
     word_BTS = (target_BTS != IDLE) & (target_BTS != HOLD)

@@ -23,8 +23,6 @@ from tmljax.train.state import Definition, State, abstract_state, join, split
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]  # float32 scalars
 
-EVALUATION_KEY = 1 << 20  # apart from every step's key: the same noise in each held-out loss
-
 
 class Routing(Protocol):
     """What the experts report for the balance update."""
@@ -33,7 +31,7 @@ class Routing(Protocol):
     dropped: jax.Array  # number of assignments
 
 
-# (definition, params, batch, key, loss weights, mesh) -> (loss, (metrics, Routing))
+# (definition, params, batch, key or None, loss weights, mesh) -> (loss, (metrics, Routing))
 Objective = Callable[..., tuple[jax.Array, tuple[Metrics, Routing]]]
 
 
@@ -60,9 +58,7 @@ def make_program(experiment: Experiment, definition: Definition, objective: Obje
         donate_argnums=0,
         compiler_options=options,
     )
-    evaluate = jax.jit(
-        partial(evaluate_batch, lose, experiment), out_shardings=replicated(mesh), compiler_options=options
-    )
+    evaluate = jax.jit(partial(evaluate_batch, lose), out_shardings=replicated(mesh), compiler_options=options)
     return Program(optimizer, abstract, step, evaluate)
 
 
@@ -74,15 +70,14 @@ def lose_batch(
     trained: Any,
     routing: Any,
     batch: Batch,
-    key: jax.Array,
+    key: jax.Array | None,
 ) -> tuple[jax.Array, tuple[Metrics, Routing]]:
-    """The objective as a function of what gradients train."""
+    """The objective as a function of what gradients train; without a key, that of held-out data."""
     return objective(definition, join(trained, routing), batch, key, experiment.loss, mesh)
 
 
-def evaluate_batch(lose: Callable[..., Any], experiment: Experiment, params: Any, batch: Batch) -> Metrics:
-    key = jax.random.fold_in(jax.random.key(experiment.train.seed), EVALUATION_KEY)
-    _, (metrics, _) = lose(*split(params), batch, key)
+def evaluate_batch(lose: Callable[..., Any], params: Any, batch: Batch) -> Metrics:
+    _, (metrics, _) = lose(*split(params), batch, None)
     return metrics
 
 
