@@ -14,10 +14,10 @@ def get_config() -> ml_collections.ConfigDict:
     config = base.get_config()
     family.scale(config, 3)
     config.data.name = "quickstart"
-    config.data.train_hours = 12.0
+    config.data.train_hours = 16.0
     config.data.test_per_family = 24
-    config.train.steps = 600
-    config.optimizer.warmup = 60
+    config.train.steps = 800
+    config.optimizer.warmup = 80
     config.train.save_every = 100
     config.train.eval_every = 100
     config.train.eval_batches = 2

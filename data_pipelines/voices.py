@@ -82,9 +82,9 @@ class Voice(Protocol):
 
 def utter(voices: Voice, text: str, speaker: Speaker) -> Utterance:
     """What is heard when they say it: people speak, the model says word after word."""
-    return (
-        in_step([voices.say(word, MODEL) for word in text.split()]) if speaker == MODEL else voices.say(text, speaker)
-    )
+    if speaker != MODEL:
+        return voices.say(text, speaker)
+    return in_step([voices.say(word, MODEL) for word in text.split()])
 
 
 def in_step(spoken: Sequence[Utterance]) -> Utterance:
