@@ -1,6 +1,7 @@
-"""A duplex model that two CPU cores train in half an hour.
+"""A duplex model that two CPU cores train in 45 minutes.
 
-1,000 steps reached: takes 76 % of turns at 0.36 s, takes over in 5 % of pauses, content 12 %.
+Reached: takes 96 % of turns at 0.36 s, takes over in 8 % of pauses, always stops when interrupted (in 0.5 s), keeps the
+floor in 96 % of backchannels, content 69 %, verbal cue 40 %, visual cue 21 %.
 
 python -m launch.train --config=configs/demo.py --workdir=runs/demo
 """
