@@ -1,4 +1,4 @@
-"""The model of `make quickstart`: takes turns, waits in pauses, stops when interrupted; a third of its answers are right.
+"""The model of `make quickstart`: takes turns, waits in pauses, stops when interrupted; one answer in three is right.
 
 Reached in 9 minutes on two CPU cores: takes 91 % of turns at 0.35 s, takes over in 21 % of pauses, content 34 %.
 

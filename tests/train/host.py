@@ -2,7 +2,8 @@
 
     python -m launch.local --hosts=2 -- python -m tests.train.host WORKDIR STEPS data=2,fsdp=2
 
-HARM=HOST:PLACE:SIGNAL, as in "1:step 6:SIGKILL". The place "writing" is the middle of writing a checkpoint.
+HARM=HOST:PLACE:SIGNAL, as in "1:step 6:SIGKILL". The place "starting" is before anything is done, "writing" the middle
+of writing a checkpoint.
 """
 
 import os
@@ -58,6 +59,8 @@ def come_to_harm(workdir: Path) -> None:
 
     if int(host) == cluster.process_index():
         pulse.at = noted
+        if place == "starting":
+            harm()
 
 
 if __name__ == "__main__":
