@@ -46,7 +46,7 @@ class InteractionModel(nnx.Module):
         self.slots = dense(rngs, (self.layout.slots, D), ("small", "embed"), fan_in=4)
         self.user_dmel = DmelEmbed(self.layout, D, rngs)
         self.model_dmel = DmelEmbed(self.layout, D, rngs)
-        self.patches = PatchEmbed(self.layout, D, rngs)
+        self.patches = PatchEmbed(self.layout, model, rngs)
         self.trunk = Trunk(model, rngs)
         self.text_head = TextHead(D, stream.vocab_size, rngs)
         self.heard_head = TextHead(D, stream.vocab_size, rngs)

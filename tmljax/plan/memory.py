@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+from tmljax.model.embed import FRAMES_AT_ONCE
 from tmljax.model.trunk import QUERY_TURNS
 from tmljax.plan.setting import Setting, batch_shapes, shard_bytes
 
@@ -37,7 +38,8 @@ def estimate(setting: Setting) -> Memory:
         parameters=gradients,
         optimizer=shard_bytes(state.optimizer),
         gradients=gradients,
-        activations=saved(setting) + max(at_experts(setting), at_attention(setting), at_heads(setting)),
+        activations=saved(setting)
+        + max(at_experts(setting), at_attention(setting), at_heads(setting), at_patches(setting)),
         buffers=batch_bytes(setting),
     )
 
@@ -111,6 +113,16 @@ def at_heads(setting: Setting) -> float:
     turns = setting.examples * setting.experiment.data.window / setting.axes["context"]
     vocab = setting.experiment.stream.vocab_size / setting.axes["tensor"]
     return 2 * turns * (setting.layout.model_text + 1) * vocab * 4
+
+
+def at_patches(setting: Setting) -> float:
+    """In the backward pass of the frames that are embedded at a time: sub-patches before and after the first two
+    layers' norm and activation, and their gradients."""
+    model, frames = setting.experiment.model, setting.experiment.data.window / setting.experiment.stream.video_every
+    if model.remat != "none":
+        frames = min(frames, FRAMES_AT_ONCE)
+    patches = setting.examples * frames / setting.axes["context"] * setting.layout.patches
+    return 6 * patches * (100 + 25) * model.d_model / 4 * setting.width
 
 
 def batch_bytes(setting: Setting) -> float:
