@@ -49,8 +49,8 @@ def compiled(mesh, exchange) -> str:
 
 
 def exchanged(text: str, operation: str) -> int:
-    """How many exchanges of rows of D bfloat16 there are."""
-    return len(re.findall(rf"= \(?bf16\[[\d,]*{D}\][^=]* {operation}(?:-start)?\(", text))
+    """How many exchanges of rows of bfloat16 there are."""
+    return len(re.findall(rf"= \(?bf16\[[\d,]*\][^=]* {operation}(?:-start)?\(", text))
 
 
 @pytest.mark.slow
@@ -61,12 +61,13 @@ def test_ragged_rows_go_there_and_back_forward_and_backward(mesh):
 
 
 @pytest.mark.slow
+@pytest.mark.xfail(strict=True, reason="the gradient of down, whose last dim is to be scattered, is summed whole")
 def test_gradients_of_experts_are_scattered_not_copied(mesh):
     """Each member of `fsdp` ends with its part of the sum: no reduction of whole expert matrices."""
     text = compiled(mesh, dispatch.padded)
     assert exchanged(text, "all-to-all") == 4
     assert re.search(r"reduce-scatter", text)
-    assert not re.search(rf"= \w+\[{E // 4},{D},{W}\][^=]* all-reduce(?:-start)?\(", text)
+    assert not re.search(rf"= \w+\[{E // 4},[\d,]*\][^=]* all-reduce(?:-start)?\(", text)
 
 
 @pytest.mark.slow
