@@ -139,7 +139,7 @@ def test_a_missing_file_is_named(copied, name):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 2}, "format version 2, this program reads 1"),
+        ({"format_version": 1}, "format version 1, this program reads 2"),
         ({"format_version": None}, "format version None"),
         ({"format": "other"}, "does not describe"),
         ({"files": {}}, "does not list"),
