@@ -79,6 +79,12 @@ def folder(manifest: str, experiment: Experiment) -> Path:
     return Path(experiment.data.root) / f"{Path(manifest).stem}-{key}"
 
 
+def check(manifest: str, experiment: Experiment) -> None:
+    """Reads headers and word times, unless they were imported already. Raises UserError for what is wrong in them."""
+    if not Recorded(folder(manifest, experiment), experiment.stream).whole:
+        read_manifest(manifest, experiment.stream)
+
+
 def prepare(manifest: str, experiment: Experiment, progress: bool = True) -> Path:
     """Imports a manifest where that was not done yet; other processes that ask for it wait.
 

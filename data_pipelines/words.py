@@ -69,3 +69,8 @@ def measure_pace(words: Iterable[Word], layout: Layout, tokenizer: Tokenizer) ->
     due = np.array([max(input_microturn(start) - OUTPUT_LAG, 0) for start, _ in timed], np.int64)
     late = positions[ends - lengths] // layout.model_text > due
     return Pace(len(timed), len(positions), int(late.sum()))
+
+
+def count_unwritable(texts: Iterable[str], tokenizer: Tokenizer) -> int:
+    """Words that do not come back from their tokens."""
+    return sum(tokenizer.decode(tokenizer.encode_word(text)).strip() != spoken_form(text) for text in texts)

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from data_pipelines import builder, manifest, recordings
-from data_pipelines.words import choose_tokenizer, measure_pace, own_tokenizer
+from data_pipelines.words import choose_tokenizer, count_unwritable, measure_pace, own_tokenizer
 from launch import verb
 from tmljax.config import Experiment, UserError
 from tmljax.stream.microturn import Layout
@@ -38,6 +38,8 @@ def main(argv: Sequence[str]) -> None:
     experiment = verb.experiment()
     manifests = manifest.recorded(experiment.data.recordings)
     own_tokenizer(experiment)
+    for path in manifests:
+        recordings.check(path, experiment)
     print(table(builder.build(experiment, beam_options=options)))
     if manifests:
         tokenizer = choose_tokenizer(experiment)
@@ -55,6 +57,9 @@ def import_recordings(path: str, experiment: Experiment, tokenizer: Tokenizer) -
     if not said:
         return line + "; the model's side has no words"
     line += f"; {said} words of the model, {tokens / said:.2f} tokens each, {late / said:.1%} written late"
+    lost = count_unwritable((w.text for one in read for w in one.model_words), tokenizer)
+    if lost:
+        line += f"; {lost} words cannot be written with this tokenizer: choose another config.data.tokenizer"
     if late > 0.05 * said:
         slots = experiment.stream.model_text_slots
         line += f"; a larger config.stream.vocab_size or model_text_slots (now {slots}) lets it keep pace"

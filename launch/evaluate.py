@@ -80,6 +80,8 @@ class Options:
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise UserError(f"{argv[1]!r} is not a flag; see --help")
+    verb.refuse_file("output")
+    verb.refuse_file("pictures")
     given = {f.name: flags.FLAGS[f.name].value for f in dataclasses.fields(Options) if f.name in flags.FLAGS}
     output = Path(given["output"] or given["workdir"])
     evaluate(Options(**given | {"output": output, "overrides": verb.overrides()}))

@@ -10,6 +10,7 @@ The real training step is compiled for that slice with no accelerator present, w
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,6 +43,10 @@ def define_flags() -> None:
 def main(argv: Sequence[str]) -> int:
     if len(argv) > 1:
         raise UserError(f"{argv[1]!r} is not a flag; see --help")
+    for name in ("price", "tokens"):
+        if not math.isfinite(flags.FLAGS[name].value or 0):
+            raise UserError(f"--{name}={flags.FLAGS[name].value} must be a finite number")
+    verb.refuse_file("output")
     experiment, where = verb.experiment(), find_slice(flags.FLAGS.topology)
     title = f"{Path(flags.FLAGS.config.partition('.py')[0]).name} on {where.name}"
     if flags.FLAGS.what == "tick":

@@ -81,6 +81,8 @@ def stream(
     """The verb; returns what --json writes. Raises UserError for bad input before any work is done."""
     for path in (output_path, json_path):
         check_writable(path, input_path)
+    if json_path is not None and os.path.abspath(json_path) == os.path.abspath(output_path):
+        raise UserError(f"--json and --output both name {output_path}; give each its own file")
     user = pick_channel(read_audio(input_path), channel, input_path)
     words = [parse_typed(one, len(user) / SAMPLE_RATE) for one in typed]
     engine = load_engine(workdir, step, overrides)

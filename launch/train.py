@@ -25,6 +25,7 @@ from launch import BEGAN, verb
 from tmljax import checkpoint, cluster, pulse
 from tmljax.config import Experiment, UserError
 from tmljax.model.interaction import Definition
+from tmljax.serve import bundle
 from tmljax.sharding import check, make_mesh, process_rows
 from tmljax.stream.text import Tokenizer
 from tmljax.train.loop import Outcome, train
@@ -67,8 +68,11 @@ def train_workdir(
     mesh = make_mesh(experiment.mesh)
     check(experiment, mesh)
     rows = process_rows(mesh, experiment.data.batch)
-    manifest.parse_manifests(experiment.data.recordings)
+    if bundle.is_export(workdir):
+        raise UserError(f"--workdir={workdir} is an export, which training would destroy; name another folder")
     own_tokenizer(experiment)
+    for recorded in manifest.recorded(experiment.data.recordings) if cluster.is_lead() else ():
+        recordings.check(recorded, experiment)
     checkpoint.keep_config(workdir, experiment)  # what cannot be done has been refused, and leaves no trace
     tokenizer = prepare_data(experiment, workdir)
     model = Definition(experiment.stream, experiment.model)

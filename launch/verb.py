@@ -93,6 +93,13 @@ def experiment() -> Experiment:
     return load_experiment(flags.FLAGS.config, flags.FLAGS.config_field)
 
 
+def refuse_file(flag: str) -> None:
+    """Raises UserError where the folder that this flag names is something else."""
+    path = flags.FLAGS[flag].value
+    if path is not None and os.path.exists(path) and not os.path.isdir(path):
+        raise UserError(f"--{flag}={path} is no folder; name one, or one that can be made")
+
+
 def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
     """Runs a verb and returns its exit code: 2 and one line for a user's mistake, 130 after Ctrl-C."""
     logging.set_verbosity(logging.FATAL)  # libraries log what they also raise

@@ -295,3 +295,9 @@ def test_progress_is_plain_json_that_names_the_config(tmp_path):
     save(tmp_path, (1, None))
     progress = json.loads((tmp_path / checkpoint.FOLDER / "1" / "progress" / "metadata").read_text())
     assert progress["config"] == dataclasses.asdict(EXPERIMENT)
+
+
+def test_an_export_is_no_workdir(tmp_path):
+    (tmp_path / "manifest.json").write_text("[]")
+    with pytest.raises(UserError, match="is an export, or what is left of one"):
+        checkpoint.latest_complete(tmp_path)

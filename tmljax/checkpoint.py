@@ -225,7 +225,10 @@ def latest_complete(workdir: str | Path) -> int:
         raise _all_damaged(workdir, damaged)
     if not Path(workdir).is_dir():
         raise UserError(f"--workdir={workdir}: there is no such folder")
-    raise UserError(f"{workdir} holds no checkpoint; train one with python -m launch.train --workdir={workdir}")
+    if (Path(workdir) / "manifest.json").exists():
+        raise UserError(f"{workdir} is an export, or what is left of one; name the training workdir, or export again")
+    train = f"python -m launch.train --config=configs/NAME.py --workdir={workdir}"
+    raise UserError(f"{workdir} holds no checkpoint; train one with {train}")
 
 
 def best_step(workdir: str | Path) -> int | None:
@@ -319,8 +322,11 @@ def keep_config(workdir: str | Path, experiment: Experiment) -> None:
                 f"{workdir} was trained with another config: {'; '.join(changed)}. Set it back or use another --workdir"
             )
     if cluster.is_lead():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_text(path, config.to_json(experiment))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            files.write_text(path, config.to_json(experiment))
+        except OSError as e:
+            raise UserError(f"--workdir={workdir} cannot be written: {e.strerror}; name another folder") from None
 
 
 def is_free(name: str, experiment: Experiment) -> bool:

@@ -302,6 +302,10 @@ def validate(experiment: Experiment) -> None:
         _require(most is None or value <= most, f"config.{path}={value} must be at most {most}")
 
     stream, model, data = experiment.stream, experiment.model, experiment.data
+    _require(
+        data.name not in ("", ".", "..") and "/" not in data.name,
+        f"config.data.name={data.name!r} must be a name without a path; config.data.root is the folder it lies in",
+    )
     _require(stream.frames_per_slot in (1, 2, 4, 8), "config.stream.frames_per_slot must be 1, 2, 4 or 8")
     for name in ("video_height", "video_width"):
         size = getattr(stream, name)

@@ -4,9 +4,11 @@ import json
 
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
 from data_pipelines import builder
-from data_pipelines.words import Pace, choose_tokenizer, measure_pace
+from data_pipelines.words import Pace, choose_tokenizer, count_unwritable, measure_pace
 from launch.data import import_recordings
 from tests.data_pipelines.test_recordings import write_manifest, write_recording
 from tmljax import config
@@ -82,3 +84,11 @@ def test_pace_is_that_of_the_weave():
         pace = measure_pace(words, layout, tokenizer)
         assert pace == Pace(40, sum(len(tokenizer.encode_word(w.text)) for w in words), late)
     assert pace.late < 40
+
+
+def test_words_that_a_tokenizer_cannot_write_are_counted():
+    vocabulary = {"[UNK]": 0, "Ġ": 1, "Ġh": 2, "h": 3, "i": 4, "Ġhi": 5}
+    inner = tokenizers.Tokenizer(models.BPE(vocabulary, [("Ġ", "h"), ("Ġh", "i")]))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    assert count_unwritable(["hi", "Hi!", "hello"], Tokenizer(inner)) == 1
+    assert count_unwritable(["hi", "Hi!", "hello", "don't"], Tokenizer.of_words({"hi": 3}, 400)) == 0

@@ -37,6 +37,12 @@ def test_an_unknown_topology_is_one_line():
     assert "Traceback" not in done.stderr
 
 
+def test_a_number_that_is_none_is_refused():
+    done = run("--topology=h100:1x2", "--tokens=nan")
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == ["error: --tokens=nan must be a finite number"]
+
+
 def test_gpus_are_not_planned_with_what_they_lack():
     experiment = config.from_tree(config.Experiment, {"model": {"moe": {"matmul": "grouped"}}})
     assert settle(experiment, find_slice("v5p:2x2x1")).axes["data"] == 4

@@ -229,6 +229,7 @@ def expect_one_line(capsys, *parts: str) -> None:
         ({"output": "no/such/folder/out.wav"}, ["no/such/folder", "does not exist"]),
         ({"output": "in.wav"}, ["is the input too"]),
         ({"json": "in.wav"}, ["is the input too"]),
+        ({"json": "./out.wav"}, ["--json and --output both name out.wav"]),
         ({"output": "."}, ["is a folder"]),
         ({"output": os.devnull}, ["no regular file"]),
         ({"json": os.devnull}, ["no regular file"]),
