@@ -91,6 +91,8 @@ def test_a_wrong_type_names_field_type_and_value(fields, said):
     ("fields", "named"),
     [
         ({"stream__frames_per_slot": 3}, "frames_per_slot"),
+        ({"data__name": "a/../../b"}, "data.name='a/../../b'"),
+        ({"data__name": ".."}, "data.name='..'"),
         ({"stream__video_height": 50}, "video_height=50"),
         ({"stream__video_every": 0}, "video_every"),
         ({"stream__vocab_size": 100}, "vocab_size"),

@@ -1,5 +1,6 @@
 """The real model on real data through the verb, at the smallest size: not how well it learns, but that it does."""
 
+import json
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 from data_pipelines import loader
 from tmljax import checkpoint, config
 from tmljax.model.interaction import Definition
+from tmljax.serve.bundle import FORMAT
 from tmljax.sharding import batch_sharding, make_mesh
 from tmljax.train.feed import to_devices
 from tmljax.train.metrics import FILE, TIME, read_rows
@@ -160,3 +162,13 @@ def test_a_mistake_is_one_line_and_exit_2(verb, straight, override, said):
     assert code == 2
     assert len(heard.strip().splitlines()) == 1, heard
     assert said in heard
+
+
+def test_what_is_refused_leaves_no_trace(verb, tmp_path):
+    code, heard = verb.run(tmp_path / "new", "--config.data.recordings=nowhere.jsonl")
+    assert (code, "cannot read the recordings manifest nowhere.jsonl" in heard) == (2, True), heard
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export/manifest.json").write_text(json.dumps({"format": FORMAT}))
+    code, heard = verb.run(tmp_path / "export")
+    assert (code, "is an export, which training would destroy" in heard) == (2, True), heard
+    assert [path.name for path in tmp_path.rglob("*")] == ["export", "manifest.json"]
