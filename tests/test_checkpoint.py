@@ -301,3 +301,11 @@ def test_an_export_is_no_workdir(tmp_path):
     (tmp_path / "manifest.json").write_text("[]")
     with pytest.raises(UserError, match="is an export, or what is left of one"):
         checkpoint.latest_complete(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["[]", "{", "\udcff"])
+def test_a_config_that_is_none_is_named(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content.encode(errors="surrogateescape"))
+    (tmp_path / checkpoint.FOLDER / "3").mkdir(parents=True)
+    with pytest.raises(UserError, match="is no config; bring it back"):
+        checkpoint.keep_config(tmp_path, toy.experiment())

@@ -308,10 +308,7 @@ def keep_config(workdir: str | Path, experiment: Experiment) -> None:
     """Writes config.json. Raises UserError naming the fields where the workdir's checkpoints were trained otherwise."""
     path = Path(workdir) / CONFIG
     if path.exists() and steps(workdir):
-        try:
-            before = json.loads(path.read_text())
-        except json.JSONDecodeError as e:
-            raise UserError(f"{path} is not JSON ({e}); bring it back from a copy, or use another --workdir") from None
+        before = read_config(path)
         changed = [
             f"config.{name} was {old!r}, now {new!r}"
             for name, old, new in differences(before, dataclasses.asdict(experiment))
@@ -327,6 +324,17 @@ def keep_config(workdir: str | Path, experiment: Experiment) -> None:
             files.write_text(path, config.to_json(experiment))
         except OSError as e:
             raise UserError(f"--workdir={workdir} cannot be written: {e.strerror}; name another folder") from None
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """As it was written, by whatever version. Raises UserError where it is no config."""
+    try:
+        tree = json.loads(path.read_text())
+    except ValueError:
+        tree = None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} is no config; bring it back from a copy, or use another --workdir")
+    return tree
 
 
 def is_free(name: str, experiment: Experiment) -> bool:
