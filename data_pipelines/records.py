@@ -31,7 +31,7 @@ def features(height: int, width: int) -> tfds.features.FeaturesDict:
             "model_mel": array((None, MEL), np.float16),
             "video": array((None, height, width, 3), np.uint8),
             "audio": array((None, 2), np.int16),
-            "events": tfds.features.Text(doc="JSON: user_words, model_words, typed as [text, start, end]; truth"),
+            "events": tfds.features.Text(doc="JSON: user_words, model_words, typed, seen as [text, start, end]; truth"),
         }
     )
 
@@ -60,6 +60,7 @@ def encode(session: Session, height: int, width: int) -> dict[str, Any]:
                 "user_words": session.user_words,
                 "model_words": session.model_words,
                 "typed": session.typed,
+                "seen": session.seen,
                 "truth": session.truth,
             },
             separators=(",", ":"),
@@ -85,6 +86,7 @@ def decode(example: dict[str, Any]) -> Session:
         user_words=user_words,
         model_words=model_words,
         typed=typed,
+        seen=None if events["seen"] is None else tuple(Word(*word) for word in events["seen"]),
         video=array("video"),
         audio=array("audio"),
         truth=tuple(events["truth"]),

@@ -12,7 +12,7 @@ import numpy as np
 import scipy.fft
 
 from data_pipelines.scenarios.stage import ROOMS
-from data_pipelines.scenes import draw
+from data_pipelines.scenes import describe, draw
 from data_pipelines.score import Score, Speech
 from data_pipelines.voices import Voice, utter
 from tmljax.stream.dmel import LOOK_BACK, SILENCE_MEL, log_mel, quantise
@@ -45,6 +45,7 @@ def render(score: Score, name: str, voices: Voice, rng: np.random.Generator, kee
         user_words=_words(score, "user"),
         model_words=_words(score, "model"),
         typed=score.typed,
+        seen=None if score.scene is None else describe(score.scene, score.seconds / len(score.scene.things)),
         video=None if score.scene is None else draw(score.scene, rng),
         audio=audio,
         truth=score.truth,

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tmljax.stream.record import Word
+
 COLOURS = {
     "red": (220, 40, 40),
     "green": (40, 190, 60),
@@ -60,6 +62,16 @@ def draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:
             covered = _inside(thing.shape, (x - thing.x * scene.width) / radius, (y - thing.y * scene.height) / radius)
             frame[covered] += np.array(COLOURS[thing.colour], np.int16) - np.int16(shade)
     return np.clip(frames, 0, 255).astype(np.uint8)
+
+
+def describe(scene: Scene, period: float) -> tuple[Word, ...]:
+    """The colour and shape of each frame's thing, while the frame is there: `period` seconds."""
+    return tuple(
+        Word(text, round(i * period, 4), round((i + 1) * period, 4))
+        for i, thing in enumerate(scene.things)
+        if thing is not None
+        for text in (thing.colour, thing.shape)
+    )
 
 
 def draw_thing(rng: np.random.Generator, colour: str, shape: str) -> Thing:

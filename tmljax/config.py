@@ -123,6 +123,7 @@ class Loss:
     hold: float = 0.5  # of a "still speaking" target
     flow: float = 0.5
     heard: float = 1.0  # auxiliary: the user's words
+    seen: float = 1.0  # auxiliary: what a frame shows
 
 
 @dataclass(frozen=True)
@@ -279,6 +280,7 @@ LIMITS: dict[str, tuple[float | None, float | None]] = {
     "loss.hold": (0, None),
     "loss.flow": (0, None),
     "loss.heard": (0, None),
+    "loss.seen": (0, None),
     "train.steps": (1, None),
     "train.seed": (0, 2**32 - 1),
     "train.log_every": (1, None),

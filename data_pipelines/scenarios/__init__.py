@@ -22,16 +22,16 @@ from data_pipelines.score import Score
 
 # family -> (how to compose one, its weight in the default mixture)
 FAMILIES: dict[str, tuple[Callable[[Stage], Score], float]] = {
-    "turn_taking": (turn_taking.compose, 0.20),
-    "pause": (pause.compose, 0.10),
-    "self_correction": (self_correction.compose, 0.08),
-    "interruption": (interruption.compose, 0.10),
+    "turn_taking": (turn_taking.compose, 0.17),
+    "pause": (pause.compose, 0.09),
+    "self_correction": (self_correction.compose, 0.07),
+    "interruption": (interruption.compose, 0.09),
     "user_backchannel": (user_backchannel.compose, 0.06),
     "model_backchannel": (model_backchannel.compose, 0.05),
-    "verbal_cue": (verbal_cue.compose, 0.13),
-    "no_answer": (no_answer.compose, 0.10),
-    "visual_cue": (visual_cue.compose, 0.07),
-    "visual_question": (visual_question.compose, 0.06),
+    "verbal_cue": (verbal_cue.compose, 0.14),
+    "no_answer": (no_answer.compose, 0.13),
+    "visual_cue": (visual_cue.compose, 0.10),
+    "visual_question": (visual_question.compose, 0.05),
     "typed_text": (typed_text.compose, 0.05),
 }
 

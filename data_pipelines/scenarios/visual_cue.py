@@ -34,7 +34,7 @@ def compose(stage: Stage) -> Score:
     appears = first * period
     stage.close(agreed + 0.3)
     stage.expect_silence(agreed + 0.3, appears)
-    spoken = stage.model(f"i see the {colour} {shape} now", boundary(appears + SEE))
+    spoken = stage.model(f"the {colour} {shape} is there", boundary(appears + SEE))
     stage.truth.append(
         {
             "kind": "cue",

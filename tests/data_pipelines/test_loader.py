@@ -92,6 +92,7 @@ def test_batches_have_the_contracts_shapes_and_types() -> None:
         "model_text": ((4, T, 1), np.int32),
         "model_mel": ((4, T, 8, 80), np.float16),
         "heard": ((4, T), np.int32),
+        "seen": ((4, TV, 2), np.int32),
         "valid": ((4, T), np.bool_),
         "start": ((4,), np.int32),
     }

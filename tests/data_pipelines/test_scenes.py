@@ -4,7 +4,8 @@ import itertools
 
 import numpy as np
 
-from data_pipelines.scenes import COLOURS, SHAPES, Scene, Thing, draw, draw_thing
+from data_pipelines.scenes import COLOURS, SHAPES, Scene, Thing, describe, draw, draw_thing
+from tmljax.stream.record import Word
 
 
 def still(thing: Thing | None, size: int = 40) -> np.ndarray:
@@ -38,6 +39,12 @@ def test_nothing_is_nothing_and_sizes_follow_the_frame():
     frames = draw(Scene(80, 120, (None, Thing("red", "square", 0.5, 0.5, 0.3))), np.random.default_rng(0))
     assert frames.shape == (2, 80, 120, 3)
     assert frames.dtype == np.uint8
+
+
+def test_a_scene_is_described_frame_by_frame():
+    thing = Thing("red", "square", 0.5, 0.5, 0.3)
+    assert describe(Scene(40, 40, (None, thing)), 0.6) == (Word("red", 0.6, 1.2), Word("square", 0.6, 1.2))
+    assert describe(Scene(40, 40, (None,)), 0.6) == ()
 
 
 def test_things_stay_inside_the_frame():

@@ -57,6 +57,7 @@ def random_batch(B: int) -> dict:
         "model_text": integers(1, 320, (B, T, 2)),
         "model_mel": rng.uniform(-7, 2, (B, T, 8, 80)).astype(np.float16),
         "heard": integers(1, 320, (B, T)),
+        "seen": integers(0, 320, (B, T // 2, 2)),
         "valid": np.ones((B, T), bool),
         "start": np.array([0] * B, np.int32),
     }

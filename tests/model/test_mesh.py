@@ -55,6 +55,7 @@ def batch():
         "model_text": rng.integers(1, 8, (B, T, 1), dtype=np.int32),
         "model_mel": rng.uniform(-7, 2, (B, T, 8, 80)).astype(np.float16),
         "heard": rng.integers(1, 9, (B, T), dtype=np.int32),
+        "seen": rng.integers(0, 9, (B, T // 2, 2), dtype=np.int32),
         "valid": np.arange(T)[None] < rng.integers(T // 2, T + 1, B)[:, None],
         "start": rng.integers(0, 50, B, dtype=np.int32) * 2,
     }

@@ -41,6 +41,7 @@ def test_a_session_with_nothing_in_it(tokenizer):
         "model_text": ((T, 1), "int32"),
         "model_mel": ((T, 8, 80), "float16"),
         "heard": ((T,), "int32"),
+        "seen": ((T // 2, 2), "int32"),
         "valid": ((T,), "bool"),
     }
     assert streams["valid"].tolist() == [True] * 9 + [False]
@@ -49,6 +50,7 @@ def test_a_session_with_nothing_in_it(tokenizer):
     assert (streams["user_text"] == ABSENT).all()
     assert (streams["model_text"] == IDLE).all()
     assert (streams["heard"] == IDLE).all()
+    assert (streams["seen"] == ABSENT).all()
     assert (streams["model_mel"] == dmel.SILENCE_MEL.astype(np.float16)).all()
     assert (streams["user_dmel"] == dmel.quantise(dmel.SILENCE_MEL)).all()
 
@@ -88,6 +90,15 @@ def test_video_frames_come_every_second_microturn(tokenizer):
     assert longer["video_present"].all()
     with pytest.raises(UserError, match="video_height"):
         weave(session(video=np.zeros((3, 80, 40, 3), np.uint8)), LAYOUT, tokenizer)
+
+
+def test_what_a_frame_shows_is_the_target_of_that_frame(tokenizer):
+    """Frames come every 0.4 s: nothing in the first, two words in the second and third, one in the fourth."""
+    one, two = word_ids(tokenizer, "one", "two")
+    seen = (Word("one", 0.4, 1.2), Word("two", 0.4, 1.2), Word("two", 1.2, 1.6))
+    streams = weave(session(seen=seen), LAYOUT, tokenizer)
+    assert streams["seen"].tolist() == [[IDLE, IDLE], [one, two], [one, two], [two, IDLE], [IDLE, IDLE]]
+    assert weave(session(seen=()), LAYOUT, tokenizer)["seen"].tolist() == [[IDLE, IDLE]] * 5
 
 
 def test_words_land_where_they_are_heard(tokenizer):

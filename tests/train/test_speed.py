@@ -9,7 +9,7 @@ import pytest
 
 from tmljax import config
 from tmljax.model.interaction import Definition
-from tmljax.stream.microturn import FRAMES, Layout
+from tmljax.stream.microturn import FRAMES, SEEN_WORDS, Layout
 from tmljax.train import speed
 from tmljax.train.objective import objective
 
@@ -46,6 +46,7 @@ def batch_like(experiment: config.Experiment) -> dict[str, jax.ShapeDtypeStruct]
         "model_text": ((T, layout.model_text), jnp.int32),
         "model_mel": ((T, FRAMES, 80), jnp.float16),
         "heard": ((T,), jnp.int32),
+        "seen": ((video, SEEN_WORDS), jnp.int32),
         "valid": ((T,), bool),
         "start": ((), jnp.int32),
     }

@@ -68,6 +68,7 @@ LOSSES = {
     "loss/text": "text: words, silence, holding",
     "loss/flow": "voice: flow matching of the mel",
     "loss/heard": "the user’s words (auxiliary)",
+    "loss/seen": "what the frames show (auxiliary)",
     "loss/router_z": "router z-loss",
 }
 

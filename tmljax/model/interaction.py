@@ -25,7 +25,7 @@ from tmljax.model.params import dense
 from tmljax.model.trunk import Trunk
 from tmljax.sharding import spread
 from tmljax.stream.dmel import BIN_WIDTH, LOG_LOW
-from tmljax.stream.microturn import ABSENT, BINS, Layout
+from tmljax.stream.microturn import ABSENT, BINS, SEEN_WORDS, Layout
 
 Params = dict[str, Any]
 Batch = dict[str, jax.Array]
@@ -35,6 +35,7 @@ class Outputs(NamedTuple):
     text_BTSV: jax.Array  # logits of model_text
     condition_BTSD: jax.Array  # of the flow head, per model_audio slot
     heard_BTV: jax.Array  # logits of the auxiliary user's words
+    seen_BNSV: jax.Array  # and of what each frame shows, S words
     moe: MoeReport  # stacked over layers
 
 
@@ -50,6 +51,7 @@ class InteractionModel(nnx.Module):
         self.trunk = Trunk(model, rngs)
         self.text_head = TextHead(D, stream.vocab_size, rngs)
         self.heard_head = TextHead(D, stream.vocab_size, rngs)
+        self.seen_head = TextHead(D, SEEN_WORDS * stream.vocab_size, rngs)
         self.flow_head = FlowHead(self.layout, model, rngs)
 
     # Embeddings of each stream, [B, T, slots of the stream, D], slot identity included.
@@ -108,12 +110,13 @@ class InteractionModel(nnx.Module):
         whole_BNX = jnp.concatenate([rest_BNX[:, :, :audio], frame_BNS, rest_BNX[:, :, audio:]], axis=2)
         return whole_BNX.reshape(B, N * whole_BNX.shape[2], *whole_BNX.shape[3:])
 
-    def _drop_frames(self, x_BPD: jax.Array, turns: int) -> jax.Array:
-        """[B, P, D] -> [B, T, R, D], without the positions of video."""
+    def _take_frames(self, x_BPD: jax.Array, turns: int) -> tuple[jax.Array, jax.Array]:
+        """[B, P, D] -> [B, T, R, D] without the positions of video, and [B, N, S, D] of them alone."""
         (B, _, D), N, audio = x_BPD.shape, turns // self.layout.stream.video_every, self.layout.user_audio
         x_BNXD = x_BPD.reshape(B, N, -1, D)
-        rest_BNXD = jnp.concatenate([x_BNXD[:, :, :audio], x_BNXD[:, :, audio + self.layout.user_video :]], axis=2)
-        return rest_BNXD.reshape(B, turns, -1, D)
+        end = audio + self.layout.user_video
+        rest_BNXD = jnp.concatenate([x_BNXD[:, :, :audio], x_BNXD[:, :, end:]], axis=2)
+        return rest_BNXD.reshape(B, turns, -1, D), x_BNXD[:, :, audio:end]
 
     def __call__(self, batch: Batch, mesh: Mesh | None = None) -> Outputs:
         """The training forward; `batch` as the loader makes it (tmljax/stream/weave.py)."""
@@ -123,11 +126,13 @@ class InteractionModel(nnx.Module):
         turn_P, slot_P = place_P2.T
         counts_BP = (present_BP | (slot_P == self.layout.inputs - 1)[None]) & batch["valid"][:, turn_P]
         z_BPD, moe = self.trunk(x_BPD, batch["start"], place_P2, present_BP, mesh, counts_BP)
-        z_BTRD = self._drop_frames(z_BPD, turns)
+        z_BTRD, z_BNSD = self._take_frames(z_BPD, turns)
         first, texts = self.layout.inputs - self.layout.user_video, self.layout.model_text
         text_BTSV = self.text_head(z_BTRD[:, :, first - 1 : first + texts - 1])
         condition_BTSD = z_BTRD[:, :, first + texts - 1 : -1]
-        return Outputs(text_BTSV, condition_BTSD, self.heard_head(z_BTRD[:, :, first - 1]), moe)
+        heard_BTV, seen_BNX = self.heard_head(z_BTRD[:, :, first - 1]), self.seen_head(z_BNSD[:, :, -1])
+        seen_BNSV = seen_BNX.reshape(*seen_BNX.shape[:2], SEEN_WORDS, -1)
+        return Outputs(text_BTSV, condition_BTSD, heard_BTV, seen_BNSV, moe)
 
 
 def quantise(mel: jax.Array) -> jax.Array:

@@ -17,7 +17,7 @@ from tmljax.config import Experiment
 from tmljax.model.interaction import Definition
 from tmljax.plan.hardware import Slice
 from tmljax.sharding import AXES, BATCH_AXES, check_platform, check_sizes, fill, members
-from tmljax.stream.microturn import FRAMES, MEL, MICROTURN_SECONDS, PATCH_VALUES, Layout
+from tmljax.stream.microturn import FRAMES, MEL, MICROTURN_SECONDS, PATCH_VALUES, SEEN_WORDS, Layout
 from tmljax.train.optimizer import make_optimizer
 from tmljax.train.state import State, abstract_state, split
 
@@ -137,6 +137,7 @@ def batch_shapes(experiment: Experiment, examples: int) -> dict[str, tuple[tuple
         "model_text": ((T, layout.model_text), np.int32),
         "model_mel": ((T, FRAMES, MEL), np.float16),
         "heard": ((T,), np.int32),
+        "seen": ((frames, SEEN_WORDS), np.int32),
         "valid": ((T,), np.bool_),
         "start": ((), np.int32),
     }

@@ -35,6 +35,7 @@ class Session:
     user_words: tuple[Word, ...] = ()  # what was addressed to the model or said near it
     model_words: tuple[Word, ...] = ()
     typed: tuple[Word, ...] = ()
+    seen: tuple[Word, ...] | None = None  # what the video shows, while it does; None: nobody wrote it down
     video: np.ndarray | None = None  # uint8 [N, H, W, 3]; frame i is seen during micro-turn i * video_every
     audio: np.ndarray | None = None  # int16 [samples, 2], channel 0 the model's, 1 the user's; kept for test splits
     truth: tuple[dict[str, Any], ...] = field(default=())

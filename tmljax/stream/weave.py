@@ -24,6 +24,7 @@ from tmljax.stream.microturn import (
     MEL,
     MICROTURN_SECONDS,
     OUTPUT_LAG,
+    SEEN_WORDS,
     Layout,
     input_microturn,
     output_seconds,
@@ -45,8 +46,8 @@ def weave(session: Session, layout: Layout, tokenizer: Tokenizer, start: int = 0
 
     user_dmel uint8 [T, 8, 80], user_present bool [T], video uint8 [T / video_every, P, 4800], video_present
     bool [T / video_every], user_text int32 [T, k], model_text int32 [T, k], model_mel float16 [T, 8, 80],
-    heard int32 [T], valid bool [T]. With `length`, the same as `cut(weave(session, ...), start, length)`,
-    but only that window is touched: for examples out of hour-long sessions.
+    heard int32 [T], seen int32 [T / video_every, 2], valid bool [T]. With `length`, the same as
+    `cut(weave(session, ...), start, length)`, but only that window is touched: for examples out of hour-long sessions.
     """
     every = layout.stream.video_every
     real = session.frames // FRAMES
@@ -60,6 +61,7 @@ def weave(session: Session, layout: Layout, tokenizer: Tokenizer, start: int = 0
         "user_present": present & (session.user_dmel is not None),
         "video": _pad(video, count // every, 0),
         "video_present": _pad(video_present, count // every, False),
+        "seen": _weave_seen(session.seen, tokenizer, first // every, count // every, every * MICROTURN_SECONDS),
         "model_mel": _fold(session.model_mel, (first + OUTPUT_LAG) * FRAMES, count, _SILENT_MEL),
         "valid": present,
     }
@@ -79,7 +81,7 @@ def cut(streams: Streams, start: int, length: int) -> Streams:
     _check_window(start, length, every)
     example = {}
     for name, array in streams.items():
-        step = every if name.startswith("video") else 1
+        step = every if name in PER_FRAME else 1
         example[name] = _pad(array[start // step : (start + length) // step], length // step, _FILLERS[name])
     example["start"] = np.int32(start)
     return example
@@ -90,12 +92,16 @@ _FILLERS = {
     "user_present": False,
     "video": 0,
     "video_present": False,
+    "seen": ABSENT,
     "user_text": ABSENT,
     "model_text": IDLE,
     "model_mel": _SILENT_MEL,
     "heard": IDLE,
     "valid": False,
 }
+
+
+PER_FRAME = ("video", "video_present", "seen")
 
 
 def _check_window(start: int, length: int, every: int) -> None:
@@ -128,6 +134,18 @@ def _weave_video(video: np.ndarray | None, layout: Layout, first: int, count: in
             )
         seen = video[first : first + count]
     return _pad(patchify(seen), count, 0), np.arange(count) < len(seen)
+
+
+def _weave_seen(seen: Sequence[Word] | None, tokenizer: Tokenizer, first: int, count: int, period: float) -> np.ndarray:
+    """Of each frame the first tokens of what it shows, idle where that is less; absent where nobody wrote it down."""
+    if seen is None:
+        return np.full((count, SEEN_WORDS), ABSENT, np.int32)
+    tokens = np.full((count, SEEN_WORDS), IDLE, np.int32)
+    for row, frame in zip(tokens, range(first, first + count), strict=True):
+        moment = (frame + 0.5) * period
+        ids = [i for w in seen if w.start <= moment < w.end for i in tokenizer.encode_word(w.text)][:SEEN_WORDS]
+        row[: len(ids)] = ids
+    return tokens
 
 
 def _weave_text(session: Session, layout: Layout, tokenizer: Tokenizer, T: int) -> Streams:

@@ -1,6 +1,7 @@
-"""The training objective: cross-entropy on text, flow matching on speech, and the user's words as an auxiliary.
+"""The training objective: cross-entropy on text, flow matching on speech, and as auxiliaries what is heard and seen.
 
-Legend: B batch, T micro-turns, S slots of a stream, V vocab, X values of a slot of mel, L layers, E experts.
+Legend: B batch, T micro-turns, N frames, S slots of a stream or words of a frame, V vocab, X values of a slot of mel,
+L layers, E experts.
 """
 
 from __future__ import annotations
@@ -57,19 +58,27 @@ def objective(
     kind_BT = jnp.where(heard_BT == IDLE, weights.idle, 1.0)
     heard = weighted_mean(cross_entropy(out.heard_BTV, heard_BT), kind_BT * listens_BT)
 
+    seen_BNS = batch["seen"]  # ABSENT where nobody wrote down what the frame shows
+    every = definition.stream.video_every
+    looks_BNS = (seen_BNS != ABSENT) * (valid_BT[:, ::every] * batch["video_present"])[..., None]
+    seen = weighted_mean(cross_entropy(out.seen_BNSV, seen_BNS), looks_BNS)
+
     flow = flow_loss(model, out.condition_BTSD, batch["model_mel"], speaks_BT * valid_BT, k_flow)
 
     router_z = jnp.sum(out.moe.z_loss)
-    total = text + weights.flow * flow + weights.heard * heard + definition.model.moe.z_loss * router_z
+    total = text + weights.flow * flow + weights.heard * heard + weights.seen * seen
+    total += definition.model.moe.z_loss * router_z
     metrics = {
         "loss/total": total,
         "loss/text": text,
         "loss/flow": flow,
         "loss/heard": heard,
+        "loss/seen": seen,
         "loss/router_z": router_z,
         "text/word_accuracy": accuracy(out.text_BTSV, target_BTS, word_BTS * valid_BT[..., None]),
         "text/idle_accuracy": accuracy(out.text_BTSV, target_BTS, (target_BTS == IDLE) * valid_BT[..., None]),
         "heard/word_accuracy": accuracy(out.heard_BTV, heard_BT, (heard_BT != IDLE) * listens_BT),
+        "seen/word_accuracy": accuracy(out.seen_BNSV, seen_BNS, (seen_BNS != IDLE) * looks_BNS),
     }
     return total, (metrics, Routing(out.moe.load_E, jnp.sum(out.moe.dropped)))
 
