@@ -177,7 +177,7 @@ def test_a_dimension_that_does_not_divide_is_named():
     model = config.Model(d_model=32, heads=8, kv_heads=8, head_dim=8, moe=config.Moe(expert_width=12))
     narrow = Definition(config.Stream(), model)
     said = complaint(param_shardings, eight(tensor=8), narrow.axes(), narrow.abstract())
-    assert "config.mesh.tensor=8 does not divide the model's width dimension of 12 (config.model.moe." in said
+    assert "config.mesh.tensor=8 does not divide the model's inner_width dimension of 12 (config.model.moe." in said
 
 
 def test_two_dimensions_on_one_axis_are_named(monkeypatch):

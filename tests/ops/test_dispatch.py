@@ -85,7 +85,7 @@ def assert_same(a, b):
 def place(problem, mesh):
     x_BPD, weights, *rest = problem
     matrices = Experts(*(NamedSharding(mesh, spec(names)) for names in 2 * [("experts", "expert_embed", "width")]),
-                       NamedSharding(mesh, spec(("experts", "width", "expert_embed"))))  # fmt: skip
+                       NamedSharding(mesh, spec(("experts", "inner_width", "small"))))  # fmt: skip
     rows = NamedSharding(mesh, PartitionSpec(BATCH_AXES, "context"))
     return jax.device_put(x_BPD, rows), jax.device_put(weights, matrices), *rest
 

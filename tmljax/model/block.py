@@ -83,7 +83,7 @@ class ExpertLayer(nnx.Module):
         self.balance_bias = constant((E,), ("small",))
         self.gate = dense(rngs, (E, D, W), ("experts", "expert_embed", "width"), fan_in=D)
         self.up = dense(rngs, (E, D, W), ("experts", "expert_embed", "width"), fan_in=D)
-        self.down = dense(rngs, (E, W, D), ("experts", "width", "expert_embed"), fan_in=W, gain=gain)
+        self.down = dense(rngs, (E, W, D), ("experts", "inner_width", "small"), fan_in=W, gain=gain)
         if S:
             self.shared_gate = dense(rngs, (D, S), ("embed", "shared_width"), fan_in=D)
             self.shared_up = dense(rngs, (D, S), ("embed", "shared_width"), fan_in=D)

@@ -247,12 +247,12 @@ def apply_experts(
     def on_mesh(x_BPD, expert_BPk, gate_BPk, experts):
         gate, up, down = experts
         whole = partial(jax.lax.all_gather, axis_name="fsdp", tiled=True)  # its transpose scatters the gradients' sum
-        experts = Experts(whole(gate, axis=1), whole(up, axis=1), whole(down, axis=2))
+        experts = Experts(whole(gate, axis=1), whole(up, axis=1), whole(down, axis=1))
         y_BPD, dropped = on_device(x_BPD, expert_BPk, gate_BPk, experts)
         return jax.lax.psum(y_BPD, "tensor"), jax.lax.psum(dropped, TOKEN_AXES)
 
     rows = PartitionSpec(BATCH_AXES, "context", None)
-    columns, lines = spec(("experts", "expert_embed", "width")), spec(("experts", "width", "expert_embed"))
+    columns, lines = spec(("experts", "expert_embed", "width")), spec(("experts", "inner_width", "small"))
     sharded = jax.shard_map(
         on_mesh,
         mesh=mesh,
