@@ -112,7 +112,7 @@ def test_causality(params, batch, kind):
         if kind == "speech":
             z_BD, size = z_BPD[:, at[layout.slots - 2]], len(x_BPD)
             return jnp.sum(model.flow_head.endpoint(z_BD, jnp.ones((size, 320)), jnp.full(size, 0.5)) ** 2)
-        head = model.heard_head if kind == "heard" else model.text_head
+        head = model.notes_head if kind == "heard" else model.text_head
         return jnp.sum(head(z_BPD[:, at[layout.inputs - 1]]) ** 2)
 
     last = at[layout.slots - 2 if kind == "speech" else layout.inputs - 1]

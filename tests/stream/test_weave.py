@@ -97,8 +97,8 @@ def test_what_a_frame_shows_is_the_target_of_that_frame(tokenizer):
     one, two = word_ids(tokenizer, "one", "two")
     seen = (Word("one", 0.4, 1.2), Word("two", 0.4, 1.2), Word("two", 1.2, 1.6))
     streams = weave(session(seen=seen), LAYOUT, tokenizer)
-    assert streams["seen"].tolist() == [[IDLE, IDLE], [one, two], [one, two], [two, IDLE], [IDLE, IDLE]]
-    assert weave(session(seen=()), LAYOUT, tokenizer)["seen"].tolist() == [[IDLE, IDLE]] * 5
+    assert streams["seen"].tolist() == [[IDLE, ABSENT], [one, two], [one, two], [two, ABSENT], [IDLE, ABSENT]]
+    assert weave(session(seen=()), LAYOUT, tokenizer)["seen"].tolist() == [[IDLE, ABSENT]] * 5
 
 
 def test_words_land_where_they_are_heard(tokenizer):

@@ -74,7 +74,7 @@ def tick(
     model = definition.bind(params)
     state = start_over(state, inputs)
     ring, z_NnD = listen(model, state, inputs)
-    heard_NV = model.heard_head(z_NnD[:, -1])
+    heard_NV = model.notes_head(z_NnD[:, -1])
     keys_N = jax.vmap(lambda seed, t: jax.random.fold_in(jax.random.key(seed), t))(state.seed_N, state.time_N)
 
     ring, z_ND, text_NS, logit_NSV = write_text(

@@ -25,7 +25,7 @@ from tmljax.model.params import dense
 from tmljax.model.trunk import Trunk
 from tmljax.sharding import spread
 from tmljax.stream.dmel import BIN_WIDTH, LOG_LOW
-from tmljax.stream.microturn import ABSENT, BINS, SEEN_WORDS, Layout
+from tmljax.stream.microturn import ABSENT, BINS, Layout
 
 Params = dict[str, Any]
 Batch = dict[str, jax.Array]
@@ -35,7 +35,7 @@ class Outputs(NamedTuple):
     text_BTSV: jax.Array  # logits of model_text
     condition_BTSD: jax.Array  # of the flow head, per model_audio slot
     heard_BTV: jax.Array  # logits of the auxiliary user's words
-    seen_BNSV: jax.Array  # and of what each frame shows, S words
+    seen_BNV: jax.Array  # and of the words for what each frame shows
     moe: MoeReport  # stacked over layers
 
 
@@ -50,8 +50,7 @@ class InteractionModel(nnx.Module):
         self.patches = PatchEmbed(self.layout, model, rngs)
         self.trunk = Trunk(model, rngs)
         self.text_head = TextHead(D, stream.vocab_size, rngs)
-        self.heard_head = TextHead(D, stream.vocab_size, rngs)
-        self.seen_head = TextHead(D, SEEN_WORDS * stream.vocab_size, rngs)
+        self.notes_head = TextHead(D, stream.vocab_size, rngs)
         self.flow_head = FlowHead(self.layout, model, rngs)
 
     # Embeddings of each stream, [B, T, slots of the stream, D], slot identity included.
@@ -130,9 +129,8 @@ class InteractionModel(nnx.Module):
         first, texts = self.layout.inputs - self.layout.user_video, self.layout.model_text
         text_BTSV = self.text_head(z_BTRD[:, :, first - 1 : first + texts - 1])
         condition_BTSD = z_BTRD[:, :, first + texts - 1 : -1]
-        heard_BTV, seen_BNX = self.heard_head(z_BTRD[:, :, first - 1]), self.seen_head(z_BNSD[:, :, -1])
-        seen_BNSV = seen_BNX.reshape(*seen_BNX.shape[:2], SEEN_WORDS, -1)
-        return Outputs(text_BTSV, condition_BTSD, heard_BTV, seen_BNSV, moe)
+        heard_BTV, seen_BNV = self.notes_head(z_BTRD[:, :, first - 1]), self.notes_head(z_BNSD[:, :, -1])
+        return Outputs(text_BTSV, condition_BTSD, heard_BTV, seen_BNV, moe)
 
 
 def quantise(mel: jax.Array) -> jax.Array:

@@ -15,7 +15,6 @@ from typing import NamedTuple
 from tmljax.model.embed import FRAMES_AT_ONCE
 from tmljax.model.trunk import QUERY_TURNS
 from tmljax.plan.setting import Setting, batch_shapes, shard_bytes
-from tmljax.stream.microturn import SEEN_WORDS
 
 
 class Memory(NamedTuple):
@@ -113,7 +112,7 @@ def at_heads(setting: Setting) -> float:
     """Logits of what is written, heard and seen, in float32, with their gradient."""
     turns = setting.examples * setting.experiment.data.window / setting.axes["context"]
     vocab = setting.experiment.stream.vocab_size / setting.axes["tensor"]
-    slots = setting.layout.model_text + 1 + SEEN_WORDS / setting.experiment.stream.video_every
+    slots = setting.layout.model_text + 1 + 1 / setting.experiment.stream.video_every
     return 2 * turns * slots * vocab * 4
 
 

@@ -28,7 +28,7 @@ BINS = 16  # dMel bins
 PATCH = 40  # pixels along a patch
 PATCH_VALUES = PATCH * PATCH * 3
 OUTPUT_LAG = 1
-SEEN_WORDS = 2  # of what a frame shows, the auxiliary target of its last slot
+SEEN_WORDS = 2  # for what a frame shows, in any order: the auxiliary target of its last slot
 
 # Control tokens; every tokenizer of the project puts them first.
 ABSENT = 0  # no typed text in this slot

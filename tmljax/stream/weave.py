@@ -137,14 +137,14 @@ def _weave_video(video: np.ndarray | None, layout: Layout, first: int, count: in
 
 
 def _weave_seen(seen: Sequence[Word] | None, tokenizer: Tokenizer, first: int, count: int, period: float) -> np.ndarray:
-    """Of each frame the first tokens of what it shows, idle where that is less; absent where nobody wrote it down."""
+    """Of each frame the first tokens of what it shows: idle for nothing, absent where nobody wrote it down."""
+    tokens = np.full((count, SEEN_WORDS), ABSENT, np.int32)
     if seen is None:
-        return np.full((count, SEEN_WORDS), ABSENT, np.int32)
-    tokens = np.full((count, SEEN_WORDS), IDLE, np.int32)
+        return tokens
     for row, frame in zip(tokens, range(first, first + count), strict=True):
         moment = (frame + 0.5) * period
         ids = [i for w in seen if w.start <= moment < w.end for i in tokenizer.encode_word(w.text)][:SEEN_WORDS]
-        row[: len(ids)] = ids
+        row[: max(len(ids), 1)] = ids or IDLE
     return tokens
 
 

@@ -61,7 +61,8 @@ def objective(
     seen_BNS = batch["seen"]  # ABSENT where nobody wrote down what the frame shows
     every = definition.stream.video_every
     looks_BNS = (seen_BNS != ABSENT) * (valid_BT[:, ::every] * batch["video_present"])[..., None]
-    seen = weighted_mean(cross_entropy(out.seen_BNSV, seen_BNS), looks_BNS)
+    seen_BNSV = jnp.broadcast_to(out.seen_BNV[:, :, None], (*seen_BNS.shape, out.seen_BNV.shape[-1]))
+    seen = weighted_mean(cross_entropy(seen_BNSV, seen_BNS), looks_BNS)
 
     flow = flow_loss(model, out.condition_BTSD, batch["model_mel"], speaks_BT * valid_BT, k_flow)
 
@@ -78,7 +79,7 @@ def objective(
         "text/word_accuracy": accuracy(out.text_BTSV, target_BTS, word_BTS * valid_BT[..., None]),
         "text/idle_accuracy": accuracy(out.text_BTSV, target_BTS, (target_BTS == IDLE) * valid_BT[..., None]),
         "heard/word_accuracy": accuracy(out.heard_BTV, heard_BT, (heard_BT != IDLE) * listens_BT),
-        "seen/word_accuracy": accuracy(out.seen_BNSV, seen_BNS, (seen_BNS != IDLE) * looks_BNS),
+        "seen/word_accuracy": recall(seen_BNSV, seen_BNS, (seen_BNS != IDLE) * looks_BNS),
     }
     return total, (metrics, Routing(out.moe.load_E, jnp.sum(out.moe.dropped)))
 
@@ -126,3 +127,10 @@ def flow_loss(
 
 def accuracy(logit_V: jax.Array, target: jax.Array, weight: jax.Array) -> jax.Array:
     return weighted_mean((jnp.argmax(logit_V, axis=-1) == target).astype(jnp.float32), weight)
+
+
+def recall(logit_SV: jax.Array, target_S: jax.Array, weight_S: jax.Array) -> jax.Array:
+    """Share of the S words, each with the same logits, that are among the S likeliest."""
+    least = jax.lax.top_k(logit_SV, target_S.shape[-1])[0][..., -1]
+    own = jnp.take_along_axis(logit_SV, target_S[..., None], axis=-1)[..., 0]
+    return weighted_mean((own >= least).astype(jnp.float32), weight_S)

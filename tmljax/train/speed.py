@@ -76,8 +76,7 @@ def places(path: list[str], experiment: Experiment) -> float:
         "user_dmel": length * layout.user_audio,
         "model_dmel": length * layout.model_audio,
         "text_head": length * layout.model_text,
-        "heard_head": length,
-        "seen_head": length // experiment.stream.video_every,
+        "notes_head": length + length // experiment.stream.video_every,
         "flow_head": max(1, round(model.flow.share * length)) * layout.model_audio * model.flow.draws,
     }[group]
 
