@@ -8,6 +8,7 @@ Dial n is n layers of width 64 n, so parameters grow as the cube of the dial. Di
 import ml_collections
 
 from configs import base
+from tmljax.config import UserError
 
 
 def scale(config: ml_collections.ConfigDict, dial: int) -> None:
@@ -26,6 +27,8 @@ def scale(config: ml_collections.ConfigDict, dial: int) -> None:
 
 
 def get_config(dial: str = "4") -> ml_collections.ConfigDict:
+    if not dial.isdecimal() or int(dial) < 1:
+        raise UserError(f"family.py:{dial}: the dial is a whole number from 1 on, as in family.py:6")
     config = base.get_config()
     scale(config, int(dial))
     return config

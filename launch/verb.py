@@ -190,6 +190,8 @@ def run_config_file(path: str, argument: str = "") -> ml_collections.ConfigDict:
     try:
         spec.loader.exec_module(module)
         config = module.get_config(argument) if argument else module.get_config()
+    except UserError:
+        raise
     except Exception as e:
         line = next(
             (f.lineno for f in reversed(traceback.extract_tb(e.__traceback__)) if f.filename == spec.origin), None
@@ -219,4 +221,4 @@ def parse_value(text: str) -> Any:
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-        return text
+        return float(text) if text.lower().lstrip("+-") in ("inf", "infinity", "nan") else text

@@ -89,6 +89,7 @@ def test_none_and_whole_groups_can_be_given(own_flags, config_file):
         (["--config.modle.d_model=3"], "config.modle does not exist; did you mean model?"),
         (["--config.model.d_model=3.5"], "config.model.d_model must be int, got float 3.5"),
         (["--config.model.d_model=abc"], "config.model.d_model must be int, got str 'abc'"),
+        (["--config.optimizer.clip=inf"], "config.optimizer.clip=inf must be finite"),
         (["--config.model.d_model.x=1"], "config.model.d_model is a value, so config.model.d_model.x does not exist"),
         (["--config.model.moe=3"], "config.model.moe is a group of fields"),
         (["--config.optimizer.name=sgd"], "config.optimizer.name='sgd' must be one of 'adamw', 'muon'"),
@@ -116,6 +117,11 @@ def test_a_missing_config_file_names_the_nearest(own_flags, config_file, capfd):
         == 2
     )
     assert f"did you mean {config_file}?" in capfd.readouterr().err
+
+
+def test_a_dial_that_is_no_number_is_named(own_flags, capfd):
+    assert run("--config=configs/family.py:abc", "--workdir=w", main=lambda _: verb.experiment() and None) == 2
+    assert capfd.readouterr().err == "error: family.py:abc: the dial is a whole number from 1 on, as in family.py:6\n"
 
 
 def test_a_config_file_that_fails_names_its_line(own_flags, tmp_path, capfd):

@@ -262,7 +262,7 @@ def test_blocks_hold_each_assignment_once():
             assert row == len(laid.source_R)
         else:
             assert int(laid.source_R[row]) == a
-            assert int(laid.expert_n[row // 2]) == e
+            assert np.searchsorted(laid.end_E, row // 2, side="right") == e
     assert int((laid.source_R < len(expert_A)).sum()) == 8
 
 

@@ -11,8 +11,9 @@ from tests.model.test_laws import DEFINITION, random_batch
 from tmljax import config
 from tmljax.ops.flow import normalise
 from tmljax.stream import dmel
+from tmljax.stream.microturn import ABSENT
 from tmljax.train import objective
-from tmljax.train.objective import blur
+from tmljax.train.objective import blur, recall
 
 B, T = 64, 20
 
@@ -63,3 +64,21 @@ def test_the_trunk_hears_the_blurred_mel_and_the_flow_head_learns_the_clean_one(
         assert clean[name] == pytest.approx(held_out[name], rel=1e-5)
         assert abs(blurred[name] - held_out[name]) > 1e-4 * held_out[name]
     assert blurred["loss/flow"] == clean["loss/flow"] == held_out["loss/flow"]
+
+
+def test_only_frames_that_somebody_described_teach():
+    """Words of frames that are absent, or beyond the end of the session, are no target; nor is what nobody wrote."""
+    params, batch = DEFINITION.init(jax.random.key(1)), random_batch(2)
+    batch["valid"][:, 8:] = False
+    run = jax.jit(lambda b: objective.objective(DEFINITION, params, b, None, config.Loss())[1][0]["loss/seen"])
+    others = batch | {"seen": np.where(batch["video_present"][..., None], batch["seen"], 7)}
+    others["seen"][:, 4:] = 7
+    assert run(batch) == run(others) > 0
+    assert run(batch | {"seen": np.full_like(batch["seen"], ABSENT)}) == 0
+
+
+def test_recall_finds_words_among_the_likeliest_as_many():
+    logit_SV = jnp.array([[0.1, 0.9, 0.5, 0.0]] * 2)
+    assert recall(logit_SV, jnp.array([2, 1]), jnp.ones(2)) == 1.0
+    assert recall(logit_SV, jnp.array([1, 3]), jnp.ones(2)) == 0.5
+    assert recall(logit_SV, jnp.array([1, 3]), jnp.array([1.0, 0.0])) == 1.0

@@ -50,7 +50,7 @@ Exchange = Callable[[jax.Array, jax.Array, jax.Array, Experts, Local, float | No
 
 def in_blocks(rows: int) -> Local:
     """Blocks of so many rows; with what XLA:CPU is fast at."""
-    return Local(partial(ops.lay_blocks, rows=rows), ops.blocked)
+    return Local(partial(ops.lay_blocks, rows=rows), partial(ops.blocked, rows=rows))
 
 
 def in_rows(multiply: Callable[[jax.Array, jax.Array, Experts], jax.Array]) -> Local:

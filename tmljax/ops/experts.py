@@ -1,15 +1,16 @@
 """The experts' mathematics: SwiGLU (arXiv 2002.05202) for many small experts at once, in several ways.
 
-`every_expert` is the plain version: all experts on all tokens, then the chosen are picked. `blocks` sorts tokens
-by expert into blocks of equal size and multiplies block by block: dropless, static shapes, fast where
-`jax.lax.ragged_dot` is not (XLA:CPU). `ragged` is `jax.lax.ragged_dot`, for accelerators; `grouped` is JAX's Pallas
-kernel for TPUs, where XLA would multiply every row with every expert to get the gradient of `ragged`'s weights.
+`every_expert` is the plain version: all experts on all tokens, then the chosen are picked. `blocked` sorts tokens
+by expert into blocks of equal size and takes one after another, as many as there are: dropless, static shapes, fast
+where `jax.lax.ragged_dot` is not (XLA:CPU). `ragged` is `jax.lax.ragged_dot`, for accelerators; `grouped` is JAX's
+Pallas kernel for TPUs, where XLA would multiply every row with every expert to get the gradient of `ragged`'s weights.
 `gathered` fetches each token's own experts (gather + GEMV), for the few tokens of a tick when there are many experts.
 
 Legend: N tokens, A assignments (rows that carry an expert id; -1 marks an empty row), D d_model, E experts,
-W expert width, k chosen experts, n blocks, b rows of a block.
+W expert width, V = 2 W, k chosen experts, n blocks, b rows of a block.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -59,11 +60,11 @@ def gathered(x_ND: jax.Array, expert_Nk: jax.Array, gate_Nk: jax.Array, experts:
 
 
 class Blocks(NamedTuple):
-    """Where each assignment's row lies among the blocks, and which expert owns each block."""
+    """Where each assignment's row lies among the blocks, and which blocks are each expert's, in their order."""
 
     row_A: jax.Array  # int32, index of the assignment's row among n*b, or n*b for an empty one
     source_R: jax.Array  # int32 [n*b], the assignment that fills this row, or A for padding
-    expert_n: jax.Array  # int32
+    end_E: jax.Array  # int32, the block after the last of each expert
 
 
 def lay_blocks(expert_A: jax.Array, experts: int, room: int, rows: int) -> Blocks:
@@ -78,8 +79,7 @@ def lay_blocks(expert_A: jax.Array, experts: int, room: int, rows: int) -> Block
     place_AE = jnp.where(rank_AE <= fit_E[None], first_E[None] * rows + rank_AE - 1, n * rows)
     row_A = jnp.where(expert_A >= 0, jnp.sum(jnp.where(one_hot_AE, place_AE, 0), axis=1), n * rows)
     source_R = jnp.full((n * rows,), A, jnp.int32).at[row_A].set(jnp.arange(A, dtype=jnp.int32), mode="drop")
-    expert_n = jnp.clip(jnp.searchsorted(jnp.cumsum(blocks_E), jnp.arange(n), side="right"), 0, experts - 1)
-    return Blocks(row_A.astype(jnp.int32), source_R, expert_n.astype(jnp.int32))
+    return Blocks(row_A.astype(jnp.int32), source_R, jnp.cumsum(blocks_E).astype(jnp.int32))
 
 
 class Sorted(NamedTuple):
@@ -149,36 +149,76 @@ def _add_rows_backward(saved, d_ND):
 add_rows.defvjp(_add_rows_forward, _add_rows_backward)
 
 
-def blocked(x_RD: jax.Array, expert_n: jax.Array, experts: Experts) -> jax.Array:
-    """Rows already laid in blocks [n*b, D] through the expert of their block."""
-    n = expert_n.shape[0]
-    x_nbD = x_RD.reshape(n, -1, x_RD.shape[1])
-    E, D, W = experts.gate_EDW.shape
-    both_EDV = jnp.stack([experts.gate_EDW, experts.up_EDW], axis=2).reshape(E, D, 2 * W)
-    both_nbV = jnp.einsum("nbD,nDV->nbV", x_nbD, pick_experts(both_EDV, expert_n))  # one product reads x once
-    a_nbW, u_nbW = jnp.split(both_nbV, 2, axis=-1)
-    y_nbD = jnp.einsum("nbW,nWD->nbD", jax.nn.silu(a_nbW) * u_nbW, pick_experts(experts.down_EWD, expert_n))
-    return y_nbD.reshape(x_RD.shape)
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def blocked(x_RD: jax.Array, end_E: jax.Array, experts: Experts, rows: int) -> jax.Array:
+    """Rows laid in blocks of `rows`, each block through its expert; rows of blocks that are nobody's stay zero.
+
+    One block after another: the number of blocks in use is read from the data, weights are not copied for each
+    block, and what lies between two products stays in the cache.
+    """
+    return _blocked_forward(x_RD, end_E, experts, rows)[0]
 
 
-@jax.custom_vjp
-def pick_experts(weight_EXY: jax.Array, expert_n: jax.Array) -> jax.Array:
-    """weight[expert_n]; the gradient sums blocks by a one-hot matmul, faster than a scatter-add on CPU."""
-    return weight_EXY[expert_n]
+def _blocked_forward(x_RD, end_E, experts, rows):
+    x_nbD = x_RD.reshape(-1, rows, x_RD.shape[1])
+    both_nbV = jnp.zeros((*x_nbD.shape[:2], 2 * experts.gate_EDW.shape[2]), x_RD.dtype)
+
+    def one_expert(done, own):
+        begin, end, gate_DW, up_DW, down_WD = own
+        both_DV = jnp.concatenate([gate_DW, up_DW], axis=1)  # one product reads x once
+
+        def one_block(i, done):
+            both_nbV, y_nbD = done
+            both_bV = jnp.dot(x_nbD[i], both_DV)
+            return both_nbV.at[i].set(both_bV), y_nbD.at[i].set(jnp.dot(gate_halves(both_bV), down_WD))
+
+        return jax.lax.fori_loop(begin, end, one_block, done), None
+
+    own = (begins(end_E), end_E, *experts)
+    (both_nbV, y_nbD), _ = jax.lax.scan(one_expert, (both_nbV, jnp.zeros_like(x_nbD)), own)
+    return y_nbD.reshape(x_RD.shape), (x_nbD, both_nbV, end_E, experts)
 
 
-def _pick_forward(weight_EXY, expert_n):
-    return weight_EXY[expert_n], (expert_n, weight_EXY[:, :0, :0])
+def _blocked_backward(rows, saved, d_RD):
+    x_nbD, both_nbV, end_E, experts = saved
+    d_nbD = d_RD.reshape(x_nbD.shape)
+
+    def one_expert(dx_nbD, own):
+        begin, end, gate_DW, up_DW, down_WD = own
+        both_DV = jnp.concatenate([gate_DW, up_DW], axis=1)
+
+        def one_block(i, done):
+            dx_nbD, dboth_DV, ddown_WD = done
+            h_bW, gate_back = jax.vjp(gate_halves, both_nbV[i])
+            (dboth_bV,) = gate_back(jnp.dot(d_nbD[i], down_WD.T))
+            dx_nbD = dx_nbD.at[i].set(jnp.dot(dboth_bV, both_DV.T))
+            return dx_nbD, dboth_DV + add_up(x_nbD[i], dboth_bV), ddown_WD + add_up(h_bW, d_nbD[i])
+
+        nothing = [jnp.zeros(w.shape, jnp.float32) for w in (both_DV, down_WD)]
+        dx_nbD, *sums = jax.lax.fori_loop(begin, end, one_block, (dx_nbD, *nothing))
+        return dx_nbD, [w.astype(d_RD.dtype) for w in sums]
+
+    own = (begins(end_E), end_E, *experts)
+    dx_nbD, (dboth_EDV, ddown_EWD) = jax.lax.scan(one_expert, jnp.zeros_like(x_nbD), own)
+    no_grad = np.zeros(end_E.shape, jax.dtypes.float0)
+    return dx_nbD.reshape(d_RD.shape), no_grad, Experts(*jnp.split(dboth_EDV, 2, axis=2), ddown_EWD)
 
 
-def _pick_backward(saved, d_nXY):
-    expert_n, empty_E00 = saved
-    one_hot_En = jax.nn.one_hot(expert_n, empty_E00.shape[0], dtype=d_nXY.dtype, axis=0)
-    d_EXY = jnp.tensordot(one_hot_En, d_nXY, axes=1)
-    return d_EXY, np.zeros(expert_n.shape, jax.dtypes.float0)
+blocked.defvjp(_blocked_forward, _blocked_backward)
 
 
-pick_experts.defvjp(_pick_forward, _pick_backward)
+def begins(end_E: jax.Array) -> jax.Array:
+    return jnp.concatenate([jnp.zeros(1, end_E.dtype), end_E[:-1]])
+
+
+def gate_halves(both_bV: jax.Array) -> jax.Array:
+    a_bW, u_bW = jnp.split(both_bV, 2, axis=1)
+    return jax.nn.silu(a_bW) * u_bW
+
+
+def add_up(x_bX: jax.Array, d_bY: jax.Array) -> jax.Array:
+    """What these rows add to a weight's gradient, float32 [X, Y]."""
+    return jnp.einsum("bX,bY->XY", x_bX, d_bY, preferred_element_type=jnp.float32)
 
 
 def ragged(x_RD: jax.Array, rows_E: jax.Array, experts: Experts) -> jax.Array:

@@ -131,4 +131,6 @@ def size(count: float) -> str:
 def seconds(value: float) -> str:
     if value >= 120:
         return f"{value / 60:,.1f} min"
+    if value < 1e-4:
+        return f"{value * 1e6:.1f} µs"
     return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.1f} ms"
