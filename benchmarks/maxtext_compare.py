@@ -123,7 +123,7 @@ def measure_ours(case: str, steps: int) -> dict:
     from tmljax.train.state import create_state
     from tmljax.train.step import make_program
 
-    moe = Moe(experts=8, top_k=2, expert_width=512, shared_width=0, capacity_factor=CAPACITY, block_rows=128)
+    moe = Moe(experts=8, top_k=2, expert_width=512, shared_width=0, capacity_factor=CAPACITY)
     experiment = Experiment(
         stream=Stream(vocab_size=VOCABULARY),
         model=Model(d_model=256, layers=4, heads=8, kv_heads=8, head_dim=32, window=LENGTH, moe=moe),

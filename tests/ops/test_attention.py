@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tmljax.ops.attention import attend, attend_in_blocks, query_blocks, see
+from tmljax.ops.attention import attend, attend_in_blocks, attend_one_by_one, forgetful, query_blocks, see
 from tmljax.ops.project import FEW, project
 
 B, H, K, h = 2, 4, 2, 8
@@ -36,7 +36,8 @@ def example(slots_of_turns: list[int], window: int):
 
 @pytest.mark.parametrize("window", [2, 5, 50])
 @pytest.mark.parametrize("block", [1, 3, 50])
-def test_blocks_equal_the_whole(window, block):
+@pytest.mark.parametrize("how", [forgetful, attend_one_by_one], ids=["together", "one by one"])
+def test_blocks_equal_the_whole(window, block, how):
     q, k, v, sink, turn_P, slot_P, time_BP, present_BP = example([4, 2, 2] * 3, window)
     blocks = query_blocks(turn_P, block, window)
     masks = [see(time_BP[:, a], slot_P[a], time_BP[:, b], slot_P[b], present_BP[:, b], window) for a, b in blocks]
@@ -44,17 +45,49 @@ def test_blocks_equal_the_whole(window, block):
     mix = jax.random.normal(jax.random.key(9), q.shape)
 
     def in_blocks(q, k, v, sink):
-        return jnp.sum(mix * attend_in_blocks(q, k, v, blocks, masks, sink))
+        return jnp.sum(mix * attend_in_blocks(q, k, v, blocks, masks, sink, how))
 
     def at_once(q, k, v, sink):
         return jnp.sum(mix * attend(q, k, v, whole, sink))
 
     np.testing.assert_allclose(
-        attend_in_blocks(q, k, v, blocks, masks, sink), dense(q, k, v, np.asarray(whole), sink), rtol=1e-4, atol=1e-5
+        attend_in_blocks(q, k, v, blocks, masks, sink, how),
+        dense(q, k, v, np.asarray(whole), sink),
+        rtol=1e-4,
+        atol=1e-5,
     )
     grads = [jax.grad(f, argnums=(0, 1, 2, 3))(q, k, v, sink) for f in (in_blocks, at_once)]
     for a, b in zip(*grads):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("pattern", ["all", "causal", "itself", "some", "none"])
+@pytest.mark.parametrize(("dtype", "error"), [(jnp.float32, 1e-5), (jnp.bfloat16, 3e-2)])
+def test_the_backward_pass_by_hand_equals_the_derived_one(kv_heads, pattern, dtype, error):
+    """That of the sinks too, and of queries that see nothing but the sink."""
+    P, keys = 12, jax.random.split(jax.random.key(1), 6)
+    q, k, v, mix = (jax.random.normal(x, (B, P, n, h)) for x, n in zip(keys, (H, kv_heads, kv_heads, H)))
+    sink = 2 * jax.random.normal(keys[4], (H,))
+    visible = {
+        "all": jnp.ones((B, P, P), bool),
+        "causal": jnp.tile(jnp.tri(P, dtype=bool), (B, 1, 1)),
+        "itself": jnp.tile(jnp.eye(P, dtype=bool), (B, 1, 1)),
+        "some": jax.random.bernoulli(keys[5], 0.3, (B, P, P)) | jnp.eye(P, dtype=bool)[None],
+        "none": jnp.zeros((B, P, P), bool),
+    }[pattern]
+
+    def by_hand(q, k, v, sink):
+        narrow = (x.astype(dtype) for x in (q, k, v))
+        return attend_one_by_one(*narrow, visible, sink).astype(jnp.float32)
+
+    def derived(q, k, v, sink):
+        return attend(q, k, v, visible, sink)
+
+    gradients = [jax.grad(lambda *x, f=f: jnp.sum(mix * f(*x)), argnums=(0, 1, 2, 3)) for f in (by_hand, derived)]
+    for found, wanted in ((by_hand, derived), gradients):
+        for a, b in zip(jax.tree.leaves(found(q, k, v, sink)), jax.tree.leaves(wanted(q, k, v, sink)), strict=True):
+            np.testing.assert_allclose(a, b, rtol=error, atol=error * max(1, float(jnp.abs(b).max())))
 
 
 def test_what_a_query_sees():

@@ -13,7 +13,7 @@ from tmljax import config
 from tmljax.model import cache
 from tmljax.model.block import Block, MoeReport
 from tmljax.model.params import constant
-from tmljax.ops.attention import attend, forgetful, see
+from tmljax.ops.attention import Attend, attend, attend_one_by_one, forgetful, see
 from tmljax.ops.context import make_look
 from tmljax.ops.norm import rms_norm
 from tmljax.sharding import spread
@@ -35,6 +35,14 @@ UNROLLED_IN_TICK, UNROLLED_IN_TRAINING = 16, 8
 def unrolled(model: config.Model) -> bool:
     """Whether the tick takes the layers one by one."""
     return model.layers <= UNROLLED_IN_TICK
+
+
+def choose_attention(remat: str, mesh: Mesh | None) -> Attend:
+    """How training attends: what is fast on a CPU costs an accelerator its parallelism."""
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    if platform == "cpu":
+        return attend_one_by_one
+    return attend if remat == "none" else forgetful
 
 
 class Trunk(nnx.Module):
@@ -65,7 +73,7 @@ class Trunk(nnx.Module):
         """
         turn_P, slot_P = place_P2.T
         time_BP = start_B[:, None] + turn_P[None]
-        score = attend if self.model.remat == "none" else forgetful
+        score = choose_attention(self.model.remat, mesh)
         look = make_look(turn_P, slot_P, present_BP, self.model.window, QUERY_TURNS, mesh, score)
         graph, stacked = nnx.split(self.blocks)
 
