@@ -1,7 +1,7 @@
-"""A duplex model that two CPU cores, not all of them ours, trained in 48 minutes.
+"""The best duplex model that two CPU cores train in 45 minutes: 2,000 steps of 1.2 s.
 
-Reached: takes 96 % of turns at 0.36 s, takes over in 8 % of pauses, always stops when interrupted (in 0.5 s), keeps the
-floor in 96 % of backchannels, content 69 %, verbal cue 40 %, visual cue 21 %.
+Reached: takes 99 % of turns at 0.36 s, takes over in 7 % of pauses, always stops when interrupted (in 0.5 s), always
+keeps the floor under backchannels, content 74 %, verbal cue 33 %, visual cue 56 %.
 
 python -m launch.train --config=configs/demo.py --workdir=runs/demo
 """
