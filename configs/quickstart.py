@@ -1,6 +1,6 @@
-"""The model of `make quickstart`: takes turns, waits in pauses, stops when interrupted; one answer in three is right.
+"""The model of `make quickstart`: takes turns, waits in pauses, stops when interrupted; one answer in four is right.
 
-Reached in 9 minutes on two CPU cores: takes 91 % of turns at 0.35 s, takes over in 21 % of pauses, content 34 %.
+Reached in 10 minutes on two CPU cores: takes 89 % of turns at 0.36 s, takes over in 14 % of pauses, content 27 %.
 
 python -m launch.train --config=configs/quickstart.py --workdir=runs/quickstart
 """
