@@ -86,7 +86,7 @@ def decode(example: dict[str, Any]) -> Session:
         user_words=user_words,
         model_words=model_words,
         typed=typed,
-        seen=None if events["seen"] is None else tuple(Word(*word) for word in events["seen"]),
+        seen=None if events.get("seen") is None else tuple(Word(*word) for word in events["seen"]),
         video=array("video"),
         audio=array("audio"),
         truth=tuple(events["truth"]),

@@ -221,4 +221,4 @@ def parse_value(text: str) -> Any:
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-        return float(text) if text.lower().lstrip("+-") in ("inf", "infinity", "nan") else text
+        return float(text) if re.fullmatch(r"[+-]?(inf|infinity|nan)", text, re.IGNORECASE) else text

@@ -266,6 +266,30 @@ def test_blocks_hold_each_assignment_once():
     assert int((laid.source_R < len(expert_A)).sum()) == 8
 
 
+@pytest.mark.parametrize(("dtype", "error"), [(jnp.float32, 1e-5), (jnp.bfloat16, 4e-2)], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("chosen", [[0] * 6, [3, 0, 3, 3, 0, 3]], ids=["one expert", "two without work"])
+def test_block_by_block_equals_every_expert(chosen, dtype, error):
+    """Forward, and the backward pass by hand; an expert that nobody chose has no gradient."""
+    expert_N, D, W = jnp.array(chosen, jnp.int32), 8, 4
+    number, keys = max(chosen) + 1, jax.random.split(jax.random.key(0), 5)
+    x_ND, mix_ND = (jax.random.normal(k, (len(chosen), D)) for k in keys[:2])
+    shapes = 2 * [(number, D, W)] + [(number, W, D)]
+    weights = Experts(*(jax.random.normal(k, shape) for k, shape in zip(keys[2:], shapes, strict=True)))
+    local = dispatch.in_blocks(2)
+
+    def block_by_block(x_ND, weights):
+        narrow = jax.tree.map(lambda x: x.astype(dtype), (x_ND, weights))
+        return dispatch.work(narrow[0], expert_N, narrow[1], local).astype(jnp.float32)
+
+    def plain(x_ND, weights):
+        return experts.every_expert(x_ND, expert_N[:, None], jnp.ones((len(chosen), 1)), weights)
+
+    gradients = [jax.grad(lambda *x, f=f: jnp.sum(mix_ND * f(*x)), argnums=(0, 1)) for f in (block_by_block, plain)]
+    for found, wanted in ((block_by_block, plain), gradients):
+        for a, b in zip(jax.tree.leaves(found(x_ND, weights)), jax.tree.leaves(wanted(x_ND, weights)), strict=True):
+            np.testing.assert_allclose(a, b, rtol=error, atol=error * max(1, float(jnp.abs(b).max())))
+
+
 def test_sorted_rows_hold_each_assignment_once():
     expert_A = np.array([3, 0, -1, 3, 3, 1, 0, 3, -1, 3])
     laid = jax.tree.map(np.asarray, experts.sort_rows(jnp.asarray(expert_A), 4, 10))

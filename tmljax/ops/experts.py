@@ -7,7 +7,7 @@ Pallas kernel for TPUs, where XLA would multiply every row with every expert to 
 `gathered` fetches each token's own experts (gather + GEMV), for the few tokens of a tick when there are many experts.
 
 Legend: N tokens, A assignments (rows that carry an expert id; -1 marks an empty row), D d_model, E experts,
-W expert width, V = 2 W, k chosen experts, n blocks, b rows of a block.
+W expert width, V = 2 W, k chosen experts, R rows laid for the experts, n blocks, b rows of a block, X and Y any dims.
 """
 
 from functools import partial
@@ -153,8 +153,8 @@ add_rows.defvjp(_add_rows_forward, _add_rows_backward)
 def blocked(x_RD: jax.Array, end_E: jax.Array, experts: Experts, rows: int) -> jax.Array:
     """Rows laid in blocks of `rows`, each block through its expert; rows of blocks that are nobody's stay zero.
 
-    One block after another: the number of blocks in use is read from the data, weights are not copied for each
-    block, and what lies between two products stays in the cache.
+    One block after another: the number of blocks in use is read from the data, weights are copied once an expert and
+    not for each block, and what lies between two products stays in the cache.
     """
     return _blocked_forward(x_RD, end_E, experts, rows)[0]
 
@@ -196,7 +196,7 @@ def _blocked_backward(rows, saved, d_RD):
 
         nothing = [jnp.zeros(w.shape, jnp.float32) for w in (both_DV, down_WD)]
         dx_nbD, *sums = jax.lax.fori_loop(begin, end, one_block, (dx_nbD, *nothing))
-        return dx_nbD, [w.astype(d_RD.dtype) for w in sums]
+        return dx_nbD, [w.astype(gate_DW.dtype) for w in sums]
 
     own = (begins(end_E), end_E, *experts)
     dx_nbD, (dboth_EDV, ddown_EWD) = jax.lax.scan(one_expert, jnp.zeros_like(x_nbD), own)
