@@ -38,9 +38,8 @@ PLACEMENT: dict[str, Place] = {
     "kv_heads": Place(("tensor",), "model.kv_heads"),
     "experts": Place(("expert",), "model.moe.experts"),
     "width": Place(("tensor",), "model.moe.expert_width"),
-    "inner_width": Place(
-        ("tensor", "fsdp"), "model.moe.expert_width"
-    ),  # of `down`; XLA:TPU scatters sums along a middle dim only
+    # That of `down`, whose last dim XLA:TPU would sum whole before it scatters the gradient.
+    "inner_width": Place(("tensor", "fsdp"), "model.moe.expert_width"),
     "shared_width": Place(("tensor",), "model.moe.shared_width"),
     "vocab": Place(("tensor",), "stream.vocab_size"),
     "frame": Place(("fsdp",), "model.d_model"),

@@ -98,6 +98,10 @@ def test_what_a_frame_shows_is_the_target_of_that_frame(tokenizer):
     seen = (Word("one", 0.4, 1.2), Word("two", 0.4, 1.2), Word("two", 1.2, 1.6))
     streams = weave(session(seen=seen), LAYOUT, tokenizer)
     assert streams["seen"].tolist() == [[IDLE, ABSENT], [one, two], [one, two], [two, ABSENT], [IDLE, ABSENT]]
+    zebra = tokenizer.encode_word("zebra")
+    assert len(zebra) > 2  # a word of many tokens hides no other
+    both = weave(session(seen=(Word("zebra", 0.0, 0.4), Word("two", 0.0, 0.4))), LAYOUT, tokenizer)
+    assert both["seen"][0].tolist() == [zebra[0], two]
     assert weave(session(seen=()), LAYOUT, tokenizer)["seen"].tolist() == [[IDLE, ABSENT]] * 5
 
 

@@ -137,13 +137,14 @@ def _weave_video(video: np.ndarray | None, layout: Layout, first: int, count: in
 
 
 def _weave_seen(seen: Sequence[Word] | None, tokenizer: Tokenizer, first: int, count: int, period: float) -> np.ndarray:
-    """Of each frame the first tokens of what it shows: idle for nothing, absent where nobody wrote it down."""
+    """Of each frame the first token of each word for what it shows: idle for nothing, absent where nobody said."""
     tokens = np.full((count, SEEN_WORDS), ABSENT, np.int32)
     if seen is None:
         return tokens
     for row, frame in zip(tokens, range(first, first + count), strict=True):
         moment = (frame + 0.5) * period
-        ids = [i for w in seen if w.start <= moment < w.end for i in tokenizer.encode_word(w.text)][:SEEN_WORDS]
+        shown = [tokenizer.encode_word(w.text) for w in seen if w.start <= moment < w.end]
+        ids = [word[0] for word in shown if word][:SEEN_WORDS]
         row[: max(len(ids), 1)] = ids or IDLE
     return tokens
 
