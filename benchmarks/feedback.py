@@ -1,10 +1,12 @@
-"""Does a model know what to say, or does it hear itself say it? One JSON line for each way of feeding its speech back.
+"""Does a model know what to say, or does it hear itself say it? One JSON line a family.
 
     python -m benchmarks.feedback --workdir=runs/demo [--suite=turn_taking,user_backchannel] [--limit=16]
 
-Test sessions are streamed with text as the model writes it, and with its own mel as it makes it ("made"), as it is in
-the data ("true"), or silent ("silent"). The share of replies whose content is right should hardly differ: where "true"
-is far above "made", training has shown the model something in its own speech that it does not put there itself.
+Test sessions are streamed with text as the model writes it, and with all that it reads back as it makes it ("made"),
+or with the mel of the data ("true_mel") or silence ("silent") for its own, or with the data's words for what it heard
+and saw ("true_notes"). The share of replies whose content is right should hardly depend on the mel: where "true_mel" is
+far above "made", training has shown the model something in its own speech that it does not put there itself. How far
+"true_notes" is above "made" says what mishearing costs.
 """
 
 from __future__ import annotations
@@ -22,10 +24,10 @@ from data_pipelines.builder import open_split
 from launch import verb
 from tmljax import checkpoint
 from tmljax.config import UserError
-from tmljax.decode.tick import TickInput, init_state, tick
+from tmljax.decode.tick import FREE, Forced, TickInput, init_state, tick
 from tmljax.evals.content import contains
 from tmljax.evals.intervals import overlapping
-from tmljax.model.interaction import Definition
+from tmljax.model.interaction import Definition, notes_of
 from tmljax.stream.dmel import SILENCE_MEL
 from tmljax.stream.record import Session
 from tmljax.stream.text import Tokenizer
@@ -57,17 +59,22 @@ def main(argv: Sequence[str]) -> None:
         print(json.dumps({"benchmark": "feedback", "family": family, "sessions": len(sessions), **shares}), flush=True)
 
 
-FED = ("made", "true", "silent")
+FED = ("made", "true_mel", "silent", "true_notes")
 
 
 def speak(run, model: Definition, params, batch: Streams, fed: str) -> np.ndarray:
     """What the model writes in these sessions, int32 [N, T, S]."""
     (N, T), every = batch["valid"].shape, model.stream.video_every
-    state, written = init_state(model, N), []
+    state, written, note_NTK = init_state(model, N), [], notes_of(batch)
     for t in range(T):
         mel_NFM = batch["model_mel"][:, t].astype(np.float32)
         silence_NFM = np.broadcast_to(SILENCE_MEL, mel_NFM.shape)
-        forced = {"made": None, "true": (None, mel_NFM), "silent": (None, silence_NFM)}[fed]
+        forced = {
+            "made": FREE,
+            "true_mel": Forced(model_mel=mel_NFM),
+            "silent": Forced(model_mel=silence_NFM),
+            "true_notes": Forced(notes=note_NTK[:, t]),
+        }[fed]
         inputs = TickInput(
             batch["user_dmel"][:, t], batch["user_present"][:, t], batch["video"][:, t // every],
             batch["video_present"][:, t // every], batch["user_text"][:, t],

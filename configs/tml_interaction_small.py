@@ -55,6 +55,7 @@ def set_model(config: ml_collections.ConfigDict) -> None:
     config.model.kv_heads = 4
     config.model.head_dim = 128
     config.model.window = 1500
+    config.model.attention = "splash"
     config.model.dtype = "bfloat16"
     config.model.remat = "full"
     config.model.moe.experts = 256

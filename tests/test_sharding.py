@@ -144,6 +144,11 @@ def eight(**sizes: int) -> jax.sharding.Mesh:
             "cpu; with config.mesh.expert=2 use config.model.moe.exchange='padded' here",
         ),
         (
+            {"model": {"attention": "splash"}},
+            {"fsdp": 8},
+            "config.model.attention='splash' is a kernel for TPUs; on cpu use config.model.attention='blocks'",
+        ),
+        (
             {"model": {"moe": {"matmul": "grouped"}}},
             {"fsdp": 8},
             "config.model.moe.matmul='grouped' is a kernel for TPUs; on cpu use config.model.moe.matmul='blocks'",

@@ -78,6 +78,8 @@ class Model:
     kv_heads: int = 2
     head_dim: int = 64
     window: int = 64  # micro-turns that attention looks back, this one included
+    mishearing: float = 0.3  # share of micro-turns in which training reads another example's note, mostly none
+    attention: Literal["blocks", "splash"] = "blocks"  # in training; splash: TPUs
     moe: Moe = field(default_factory=Moe)
     flow: Flow = field(default_factory=Flow)
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters are float32
@@ -122,8 +124,8 @@ class Loss:
     idle: float = 0.5  # of a silent model_text target against a word's
     hold: float = 0.5  # of a "still speaking" target
     flow: float = 0.5
-    heard: float = 1.0  # auxiliary: the user's words
-    seen: float = 1.0  # auxiliary: what a frame shows
+    heard: float = 1.0  # notes: the user's words
+    seen: float = 1.0  # notes: what a frame shows
 
 
 @dataclass(frozen=True)
@@ -255,6 +257,7 @@ LIMITS: dict[str, tuple[float | None, float | None]] = {
     "model.moe.block_rows": (1, None),
     "model.moe.balance_rate": (0, None),
     "model.moe.z_loss": (0, None),
+    "model.mishearing": (0, 1),
     "model.flow.width": (1, None),
     "model.flow.depth": (1, None),
     "model.flow.draws": (1, None),

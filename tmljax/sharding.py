@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from tmljax.config import Experiment, Mesh, Moe, UserError
+from tmljax.config import Experiment, Mesh, Model, UserError
 
 AXES = ("data", "fsdp", "expert", "context", "tensor")  # the slowest network first
 BATCH_AXES = ("data", "fsdp", "expert")  # these work on examples of their own
@@ -132,7 +132,7 @@ def either(field: str, sizes: Iterable[int]) -> str:
 def check(experiment: Experiment, mesh: jax.sharding.Mesh) -> None:
     """Raises UserError for what the mesh does not divide or its platform lacks, naming the field and a remedy."""
     check_sizes(experiment, mesh.shape)
-    check_platform(experiment.model.moe, mesh.shape, mesh.devices.flat[0].platform)
+    check_platform(experiment.model, mesh.shape, mesh.devices.flat[0].platform)
 
 
 def check_sizes(experiment: Experiment, sizes: Mapping[str, int]) -> None:
@@ -161,8 +161,13 @@ def check_sizes(experiment: Experiment, sizes: Mapping[str, int]) -> None:
         )
 
 
-def check_platform(moe: Moe, sizes: Mapping[str, int], platform: str) -> None:
+def check_platform(model: Model, sizes: Mapping[str, int], platform: str) -> None:
     """Raises UserError for what the platform lacks, naming what it has."""
+    moe = model.moe
+    if model.attention == "splash" and platform != "tpu":
+        raise UserError(
+            f"config.model.attention='splash' is a kernel for TPUs; on {platform} use config.model.attention='blocks'"
+        )
     if moe.exchange == "ragged" and sizes["expert"] > 1 and platform == "cpu":
         raise UserError(
             f"config.model.moe.exchange='ragged' needs jax.lax.ragged_all_to_all, which XLA has on TPU and GPU, not on "

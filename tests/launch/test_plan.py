@@ -44,10 +44,14 @@ def test_a_number_that_is_none_is_refused():
 
 
 def test_gpus_are_not_planned_with_what_they_lack():
-    experiment = config.from_tree(config.Experiment, {"model": {"moe": {"matmul": "grouped"}}})
-    assert settle(experiment, find_slice("v5p:2x2x1")).axes["data"] == 4
-    with pytest.raises(config.UserError, match=r"kernel for TPUs; on gpu use config.model.moe.matmul='ragged'"):
-        settle(experiment, find_slice("h100:1x2"))
+    for model, remedy in (
+        ({"moe": {"matmul": "grouped"}}, r"on gpu use config.model.moe.matmul='ragged'"),
+        ({"attention": "splash"}, r"on gpu use config.model.attention='blocks'"),
+    ):
+        experiment = config.from_tree(config.Experiment, {"model": model})
+        assert settle(experiment, find_slice("v5p:2x2x1")).axes["data"] == 4
+        with pytest.raises(config.UserError, match=f"kernel for TPUs; {remedy}"):
+            settle(experiment, find_slice("h100:1x2"))
 
 
 def test_without_libtpu_the_remedy_is_named(monkeypatch):

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from tmljax import config
-from tmljax.decode.tick import TickInput, init_state, tick
-from tmljax.model.interaction import Definition, quantise
+from tmljax.decode.tick import Forced, TickInput, init_state, tick
+from tmljax.model.interaction import Definition, Outputs, notes_of, quantise
 from tmljax.ops.flow import normalise
 from tmljax.stream import dmel
+from tmljax.stream.microturn import ABSENT, HOLD
 
 STREAM = config.Stream(
     frames_per_slot=4,
@@ -78,15 +79,85 @@ def run_tick():
     return jax.jit(partial(tick, DEFINITION, sampling=config.Sampling()))
 
 
-def test_streaming_equals_teacher_forcing(params, batch, run_tick):
-    whole = jax.jit(lambda p, b: DEFINITION.bind(p)(b))(params, batch)
-    state = init_state(DEFINITION, 2)
+@pytest.fixture(scope="module")
+def decided(params):
+    """`params` with a notes head that is sure of itself now and then."""
+    return params | {"notes_head": jax.tree.map(lambda w: 8 * w, params["notes_head"])}
+
+
+def test_streaming_equals_teacher_forcing(decided, batch, run_tick):
+    whole = jax.jit(lambda p, b: DEFINITION.bind(p)(b))(decided, batch)
+    state, note_BTK, noted = init_state(DEFINITION, 2), notes_of(batch), []
     for t in range(T):
-        forced = (batch["model_text"][:, t], batch["model_mel"][:, t].astype(np.float32))
-        state, out = run_tick(params, state, inputs_at(batch, t, t == 0), forced=forced)
+        forced = Forced(batch["model_text"][:, t], batch["model_mel"][:, t].astype(np.float32), note_BTK[:, t])
+        state, out = run_tick(decided, state, inputs_at(batch, t, t == 0), forced=forced)
         np.testing.assert_allclose(out.text_logits, whole.text_BTSV[:, t], atol=2e-4, rtol=1e-4)
         np.testing.assert_allclose(out.audio_condition, whole.condition_BTSD[:, t], atol=2e-4, rtol=1e-4)
-        np.testing.assert_array_equal(out.heard, jnp.argmax(whole.heard_BTV[:, t], -1))
+        noted.append(expect_notes(whole, batch, t))
+        np.testing.assert_array_equal(out.notes, noted[-1])
+    heard_BT, seen_BTW = np.split(np.stack(noted, axis=1), [1], axis=2)
+    assert 0 < np.sum(heard_BT != ABSENT) < heard_BT.size
+    assert set(np.sum(seen_BTW != ABSENT, axis=2).ravel().tolist()) == {0, 1, 2}
+
+
+def expect_notes(whole: Outputs, batch: dict, t: int) -> list[list[int]]:
+    """Plainly: tokens of a quarter of the probability or more, if the stream was there; for a frame, words alone."""
+    rows, frame = [], t // STREAM.video_every
+    for b, (heard_V, seen_V) in enumerate(zip(whole.heard_BTV[:, t], whole.seen_BNV[:, frame])):
+        heard, seen = (np.asarray(jax.nn.softmax(x)) for x in (heard_V, seen_V))
+        looks = batch["video_present"][b, frame] and t % STREAM.video_every == 0
+        words = [w for w in np.argsort(-seen).tolist() if looks and seen[w] >= 0.25 and w > HOLD][:2]
+        listens = batch["user_present"][b, t] and heard.max() >= 0.25
+        rows.append([int(heard.argmax()) if listens else ABSENT, *words, *[ABSENT] * (2 - len(words))])
+    return rows
+
+
+@pytest.mark.parametrize("every", [2, 3])
+def test_notes_stand_where_they_were_taken(every):
+    heard, seen = np.arange(11, 17)[None], np.array([[[21, 22], [23, ABSENT], [24, 25]]])[:, : 6 // every]
+    there = {"user_present": heard != 13, "video_present": seen[..., 0] != 24}
+    expected = [[word, ABSENT, ABSENT] for word in (11, 12, ABSENT, 14, 15, 16)]
+    expected[0][1:], expected[every][1] = [21, 22], 23
+    assert notes_of({"heard": heard, "seen": seen, **there})[0].tolist() == expected
+
+
+@pytest.mark.parametrize("note", ["heard", "seen"])
+def test_a_note_is_read_from_the_next_micro_turn_on(params, batch, note):
+    """And not before: nothing of its own micro-turn may know it, least of all what predicts it."""
+    t = 8
+    there = {name: np.ones_like(batch[name]) for name in ("user_present", "video_present")}
+    one = batch | there
+    index = t if note == "heard" else t // STREAM.video_every
+    other = one | {note: one[note].copy()}
+    other[note][:, index] = 5 + (one[note][:, index] == 5)
+    a, b = (jax.jit(lambda p, x: DEFINITION.bind(p)(x))(params, x) for x in (one, other))
+    for name in ("text_BTSV", "condition_BTSD", "heard_BTV"):
+        x, y = (np.asarray(getattr(out, name)) for out in (a, b))
+        np.testing.assert_allclose(x[:, : t + 1], y[:, : t + 1], atol=1e-5)
+        assert np.abs(x[:, t + 1] - y[:, t + 1]).max() > 1e-3
+    np.testing.assert_allclose(a.seen_BNV[:, : t // 2 + 1], b.seen_BNV[:, : t // 2 + 1], atol=1e-5)
+
+
+def test_the_decoder_reads_its_own_notes(decided, batch, run_tick):
+    """Left to itself it goes on as if its notes had been forced on it; and what was heard is not what was seen."""
+    own = forced = init_state(DEFINITION, 2)
+    for t in range(6):
+        inputs = inputs_at(batch, t, t == 0)
+        own, free = run_tick(decided, own, inputs)
+        told = Forced(free.model_text, free.model_mel, free.notes)
+        forced, out = run_tick(decided, forced, inputs, forced=told)
+        np.testing.assert_allclose(out.text_logits, free.text_logits, atol=1e-4)
+    words = [own._replace(note_NK=jnp.tile(jnp.array([[7, ABSENT, ABSENT]]), (2, 1)).at[:, i].set(8)) for i in (1, 2)]
+    words += [own._replace(note_NK=jnp.tile(jnp.array([[8, 7, ABSENT]]), (2, 1)))]
+    one, same, swapped = (np.asarray(run_tick(decided, s, inputs_at(batch, 6, False))[1].text_logits) for s in words)
+    np.testing.assert_allclose(one, same, atol=1e-4)  # words of a frame have no order
+    assert np.abs(one - swapped).max() > 1e-3
+
+
+def test_a_head_that_knows_nothing_notes_nothing(params, batch, run_tick):
+    ignorant = params | {"notes_head": jax.tree.map(lambda w: 0.1 * w, params["notes_head"])}
+    _, out = run_tick(ignorant, init_state(DEFINITION, 2), inputs_at(batch, 0, True))
+    assert (np.asarray(out.notes) == ABSENT).all()
 
 
 def test_window_makes_a_difference(params, batch):
@@ -138,6 +209,8 @@ def test_absent_streams_are_not_seen(params, batch):
     other = dict(batch)
     other["user_dmel"] = np.where(batch["user_present"][..., None, None], batch["user_dmel"], 3)
     other["video"] = np.where(batch["video_present"][..., None, None], batch["video"], 99)
+    other["heard"] = np.where(batch["user_present"], batch["heard"], 9)
+    other["seen"] = np.where(batch["video_present"][..., None], batch["seen"], 9)
     run = jax.jit(lambda p, b: DEFINITION.bind(p)(b))
     for a, b in zip(run(params, batch)[:2], run(params, other)[:2]):
         np.testing.assert_array_equal(a, b)

@@ -169,6 +169,7 @@ def test_a_session_half_as_long_gives_the_load_of_its_half(params, batch):
         "valid": np.ones((B, T // 2), bool)
     }
     whole = batch | {"valid": np.arange(T)[None] < np.full((B, 1), T // 2)}
-    clear = replace(MODEL, flow=replace(MODEL.flow, feedback_noise=0.0))  # drawn noise depends on the length
+    # drawn noise depends on the length
+    clear = replace(MODEL, mishearing=0.0, flow=replace(MODEL.flow, feedback_noise=0.0))
     loads = [run(params, b, model=clear)[2].load_LE for b in (half, whole)]
     np.testing.assert_allclose(loads[1], loads[0], rtol=1e-6)

@@ -7,6 +7,7 @@ import pytest
 
 from tmljax.ops.attention import attend, attend_in_blocks, attend_one_by_one, forgetful, query_blocks, see
 from tmljax.ops.project import FEW, project
+from tmljax.ops.splash import BLOCK, count_worked, make_mask, through_splash
 
 B, H, K, h = 2, 4, 2, 8
 
@@ -88,6 +89,33 @@ def test_the_backward_pass_by_hand_equals_the_derived_one(kv_heads, pattern, dty
     for found, wanted in ((by_hand, derived), gradients):
         for a, b in zip(jax.tree.leaves(found(q, k, v, sink)), jax.tree.leaves(wanted(q, k, v, sink)), strict=True):
             np.testing.assert_allclose(a, b, rtol=error, atol=error * max(1, float(jnp.abs(b).max())))
+
+
+@pytest.mark.parametrize(("window", "past"), [(2, 0), (5, 0), (50, 0), (4, 8)])
+def test_splash_equals_the_whole(window, past):
+    """The kernel for TPUs, interpreted: absent streams, sinks, and keys of earlier members before the own ones."""
+    q, k, v, sink, turn_P, slot_P, time_BP, present_BP = example([4, 2, 2] * 3, window)
+    own = len(turn_P) - past
+    sight = through_splash(interpret=True)(turn_P - turn_P[past], slot_P, own, window)
+    whole = see(time_BP[:, past:], slot_P[past:], time_BP, slot_P, present_BP, window)
+    mix = jax.random.normal(jax.random.key(9), (B, own, H, h))
+
+    def splashed(q, k, v, sink):
+        return sight.attend(q[:, past:], k, v, sight.mask(present_BP), sink)
+
+    def at_once(q, k, v, sink):
+        return attend(q[:, past:], k, v, whole, sink)
+
+    gradients = [jax.grad(lambda *x, f=f: jnp.sum(mix * f(*x)), argnums=(0, 1, 2, 3)) for f in (splashed, at_once)]
+    for found, wanted in ((splashed, at_once), gradients):
+        for a, b in zip(jax.tree.leaves(found(q, k, v, sink)), jax.tree.leaves(wanted(q, k, v, sink)), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_splash_leaves_out_blocks_that_nobody_sees():
+    turn_P, slot_P = np.divmod(np.arange(2048), 4)
+    assert count_worked(make_mask(turn_P, slot_P, 2048, 512)) == (10 + 4) * BLOCK**2  # causal; each query's own key
+    assert count_worked(make_mask(turn_P, slot_P, 2048, 129)) == (7 + 4) * BLOCK**2
 
 
 def test_what_a_query_sees():

@@ -26,14 +26,14 @@ LAYERS = UNROLLED_IN_TRAINING + 1
 
 @pytest.fixture(scope="module")
 def experiment() -> config.Experiment:
-    """Layers of the big model's kind, enough to be scanned: grouped, gathered, bfloat16, rematerialised."""
+    """Layers of the big model's kind, enough to be scanned: grouped, gathered, splash, bfloat16, rematerialised."""
     moe = config.Moe(
         experts=8, top_k=2, expert_width=256, shared_width=256, exchange="gathered", capacity_factor=1.25,
         matmul="grouped",
     )  # fmt: skip
     model = config.Model(
         d_model=256, layers=LAYERS, heads=4, kv_heads=4, head_dim=128, window=1500, moe=moe,
-        flow=config.Flow(width=256), dtype="bfloat16", remat="full",
+        attention="splash", flow=config.Flow(width=256), dtype="bfloat16", remat="full",
     )  # fmt: skip
     return config.Experiment(
         model=model,
@@ -81,15 +81,16 @@ def test_every_layer_gathers_its_own_weights_and_tokens(compiled, setting):
     assert {"fsdp", "expert"} <= scattered
 
 
-def test_the_experts_of_both_passes_are_kernels(compiled):
-    """Three products forward, again, and two each backward; none of them spread over all experts by XLA."""
+def test_experts_and_attention_of_both_passes_are_kernels(compiled):
+    """Three products forward, again, and two each backward, none of them spread over all experts by XLA; and of
+    attention one forward, again, and two backward."""
     kernels = [
         times
         for name, times in compiled.program.times.items()
         for i in compiled.program.computations[name]
         if i.kind == "custom-call" and "tpu_custom_call" in i.rest
     ]
-    assert sum(times == LAYERS for times in kernels) >= 11
+    assert sum(times == LAYERS for times in kernels) >= 15
 
 
 def test_the_forecast_takes_the_compilers_numbers(setting, compiled):

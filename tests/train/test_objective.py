@@ -10,10 +10,11 @@ import pytest
 from tests.model.test_laws import DEFINITION, random_batch
 from tmljax import config
 from tmljax.ops.flow import normalise
+from tmljax.ops.losses import cross_entropy, weighted_mean
 from tmljax.stream import dmel
-from tmljax.stream.microturn import ABSENT
+from tmljax.stream.microturn import ABSENT, IDLE
 from tmljax.train import objective
-from tmljax.train.objective import blur, recall
+from tmljax.train.objective import blur, mishear, recall
 
 B, T = 64, 20
 
@@ -50,7 +51,8 @@ def lose(monkeypatch):
     batch["model_mel"] = dmel.dequantise(dmel.quantise(batch["model_mel"]))  # no value on the border of two bins
 
     def metrics(noise: float, key: jax.Array | None) -> dict[str, float]:
-        model = replace(DEFINITION.model, flow=replace(DEFINITION.model.flow, feedback_noise=noise))
+        flow = replace(DEFINITION.model.flow, feedback_noise=noise)
+        model = replace(DEFINITION.model, flow=flow, mishearing=0.0)
         definition = replace(DEFINITION, model=model)
         run = jax.jit(lambda p: objective.objective(definition, p, batch, key, config.Loss())[1][0])
         return {name: float(value) for name, value in run(params).items()}
@@ -64,6 +66,32 @@ def test_the_trunk_hears_the_blurred_mel_and_the_flow_head_learns_the_clean_one(
         assert clean[name] == pytest.approx(held_out[name], rel=1e-5)
         assert abs(blurred[name] - held_out[name]) > 1e-4 * held_out[name]
     assert blurred["loss/flow"] == clean["loss/flow"] == held_out["loss/flow"]
+
+
+def test_so_many_words_are_misheard_as_what_another_example_hears():
+    heard_BT = 10 + jnp.arange(B * T).reshape(B, T)
+    misheard_BT = mishear(heard_BT, 0.2, jax.random.key(1))
+    wrong_BT = misheard_BT != heard_BT
+    assert wrong_BT.mean() == pytest.approx(0.2, abs=0.03)
+    np.testing.assert_array_equal(misheard_BT[wrong_BT], 10 + (heard_BT[wrong_BT] - 10 - T) % (B * T))
+    np.testing.assert_array_equal(mishear(heard_BT, 0.0, jax.random.key(1)), heard_BT)
+    unknown_BT = jnp.where(jnp.arange(B)[:, None] % 2 == 0, ABSENT, heard_BT)
+    np.testing.assert_array_equal(mishear(unknown_BT, 1.0, jax.random.key(1)), unknown_BT)
+
+
+def test_what_is_misheard_is_no_target():
+    """The notes to learn are the true ones, whatever was read back before them: with all of it wrong, the loss is that
+    of the true words given those of the other example."""
+    params, batch = DEFINITION.init(jax.random.key(1)), random_batch(2)
+    batch["model_mel"] = dmel.dequantise(dmel.quantise(batch["model_mel"]))
+    model = replace(DEFINITION.model, mishearing=1.0, flow=replace(DEFINITION.model.flow, feedback_noise=0.0))
+    _, (metrics, _) = objective.objective(
+        replace(DEFINITION, model=model), params, batch, jax.random.key(3), config.Loss()
+    )
+    out = DEFINITION.bind(params)(batch | {"heard": batch["heard"][::-1]})
+    weight_BT = np.where(batch["heard"] == IDLE, config.Loss().idle, 1.0) * batch["user_present"]
+    expected = weighted_mean(cross_entropy(out.heard_BTV, batch["heard"]), weight_BT)
+    assert metrics["loss/heard"] == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_only_frames_that_somebody_described_teach():

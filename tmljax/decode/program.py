@@ -91,7 +91,7 @@ def lower_tick(experiment: Experiment, sessions: int, platforms: tuple[str, ...]
     def step(weights: dict, state_arrays: dict, inputs: dict) -> tuple[dict, dict]:
         whole, before = stack_layers(params, weights, experiment.model), unflatten(state, state_arrays)
         new_state, output = tick(model, whole, before, TickInput(**inputs), experiment.sampling)
-        spoken = {"model_text": output.model_text, "model_mel": output.model_mel, "heard": output.heard}
+        spoken = {"model_text": output.model_text, "model_mel": output.model_mel, "heard": output.notes[:, 0]}
         return flatten(new_state), spoken
 
     arguments = shapes, flatten(state), input_shapes(model.layout, sessions)

@@ -1,9 +1,11 @@
 """The tick: one micro-turn of input in, one of output out. The one function evaluated, exported and served.
 
-In one call: the model's own last speech and the new input enter the ring together, text is written token by token,
-the flow head paints the mel. Each session of the batch has its own clock, ring row, and random stream.
+In one call: the model's own last speech, with what it noted then, and the new input enter the ring together, text is
+written token by token, the flow head paints the mel. Each session of the batch has its own clock, ring row, and random
+stream.
 
-Legend: N sessions, F mel frames, M mel channels, S slots, D d_model, V vocab, X values of a slot of mel.
+Legend: N sessions, F mel frames, M mel channels, S slots, K notes, n positions of one pass, D d_model, V vocab,
+X values of a slot of mel.
 """
 
 from __future__ import annotations
@@ -17,10 +19,12 @@ import jax.numpy as jnp
 from tmljax import config
 from tmljax.decode.sampling import choose
 from tmljax.model import cache
-from tmljax.model.interaction import Definition, InteractionModel, Params
+from tmljax.model.interaction import Definition, InteractionModel, Params, is_word
 from tmljax.ops.flow import denormalise
 from tmljax.stream.dmel import SILENCE_MEL
-from tmljax.stream.microturn import ABSENT, FRAMES, IDLE, MEL
+from tmljax.stream.microturn import ABSENT, FRAMES, IDLE, MEL, NOTES, SEEN_WORDS
+
+SURE = 0.25  # probability of a note that counts; one of two words for a frame is due half of it all
 
 
 class TickInput(NamedTuple):
@@ -37,15 +41,27 @@ class TickState(NamedTuple):
     ring: cache.Ring
     time_N: jax.Array  # int32, the micro-turn to come
     mel_NFM: jax.Array  # the model's speech of the last tick, yet to enter the ring
+    note_NK: jax.Array  # int32, what it noted then
     seed_N: jax.Array  # uint32
 
 
 class TickOutput(NamedTuple):
     model_text: jax.Array  # int32 [N, model_text_slots]
     model_mel: jax.Array  # float32 [N, 8, 80], log10 mel
-    heard: jax.Array  # int32 [N]
+    notes: jax.Array  # int32 [N, K], what it heard, then what it saw; ABSENT where it is not sure
     text_logits: jax.Array  # float32 [N, model_text_slots, V]
     audio_condition: jax.Array  # [N, model_audio slots, D]
+
+
+class Forced(NamedTuple):
+    """What replaces the model's own output: teacher forcing, for tests and for scoring recordings."""
+
+    model_text: jax.Array | None = None  # int32 [N, S]
+    model_mel: jax.Array | None = None  # [N, 8, 80]
+    notes: jax.Array | None = None  # int32 [N, K]
+
+
+FREE = Forced()
 
 
 def init_state(definition: Definition, sessions: int) -> TickState:
@@ -55,7 +71,8 @@ def init_state(definition: Definition, sessions: int) -> TickState:
         model.layers, sessions, model.window, layout.slots, model.kv_heads, model.head_dim, model.dtype
     )
     mel_NFM = jnp.tile(jnp.asarray(SILENCE_MEL)[None, None], (sessions, FRAMES, 1))
-    return TickState(ring, jnp.zeros(sessions, jnp.int32), mel_NFM, jnp.zeros(sessions, jnp.uint32))
+    note_NK = jnp.full((sessions, NOTES), ABSENT, jnp.int32)
+    return TickState(ring, jnp.zeros(sessions, jnp.int32), mel_NFM, note_NK, jnp.zeros(sessions, jnp.uint32))
 
 
 def tick(
@@ -64,28 +81,22 @@ def tick(
     state: TickState,
     inputs: TickInput,
     sampling: config.Sampling,
-    forced: tuple[jax.Array, jax.Array] | None = None,
+    forced: Forced = FREE,
 ) -> tuple[TickState, TickOutput]:
-    """Pure; jit it with `definition` and `sampling` static and `state` donated.
-
-    `forced` = (model_text int32 [N, S], model_mel [N, 8, 80]) replaces what the model would say: teacher forcing,
-    for tests and for scoring recordings.
-    """
+    """Pure; jit it with `definition` and `sampling` static and `state` donated."""
     model = definition.bind(params)
     state = start_over(state, inputs)
     ring, z_NnD = listen(model, state, inputs)
-    heard_NV = model.notes_head(z_NnD[:, -1])
+    note_NK = take_notes(model, z_NnD, inputs.user_present, shows_frame(model, inputs, state.time_N))
     keys_N = jax.vmap(lambda seed, t: jax.random.fold_in(jax.random.key(seed), t))(state.seed_N, state.time_N)
 
     ring, z_ND, text_NS, logit_NSV = write_text(
-        model, ring, z_NnD[:, -1], state.time_N, keys_N, sampling, None if forced is None else forced[0]
+        model, ring, z_NnD[:, -1], state.time_N, keys_N, sampling, forced.model_text
     )
-    mel_NFM, condition_NSD, ring = speak(
-        model, ring, z_ND, text_NS, state.time_N, keys_N, None if forced is None else forced[1]
-    )
-    heard_N = jnp.argmax(heard_NV, axis=-1).astype(jnp.int32)
-    state = TickState(ring, state.time_N + 1, mel_NFM, state.seed_N)
-    return state, TickOutput(text_NS, mel_NFM, heard_N, logit_NSV.astype(jnp.float32), condition_NSD)
+    mel_NFM, condition_NSD, ring = speak(model, ring, z_ND, text_NS, state.time_N, keys_N, forced.model_mel)
+    fed_back_NK = note_NK if forced.notes is None else forced.notes
+    state = TickState(ring, state.time_N + 1, mel_NFM, fed_back_NK, state.seed_N)
+    return state, TickOutput(text_NS, mel_NFM, note_NK, logit_NSV.astype(jnp.float32), condition_NSD)
 
 
 def start_over(state: TickState, inputs: TickInput) -> TickState:
@@ -95,6 +106,7 @@ def start_over(state: TickState, inputs: TickInput) -> TickState:
         cache.forget(state.ring, reset_N),
         jnp.where(reset_N, 0, state.time_N),
         jnp.where(reset_N[:, None, None], silence_NFM, state.mel_NFM),
+        jnp.where(reset_N[:, None], ABSENT, state.note_NK),
         jnp.where(reset_N, inputs.seed, state.seed_N),
     )
 
@@ -102,7 +114,7 @@ def start_over(state: TickState, inputs: TickInput) -> TickState:
 def listen(model: InteractionModel, state: TickState, inputs: TickInput) -> tuple[cache.Ring, jax.Array]:
     """Enters the last speech slot of the tick before and all input slots of this one; hidden states [N, n, D]."""
     layout, time_N = model.layout, state.time_N
-    own_NSD = model.embed_model_audio(state.mel_NFM[:, None])[:, 0, -1:]
+    own_NSD = model.embed_model_audio(state.mel_NFM[:, None], state.note_NK[:, None])[:, 0, -1:]
     x_NnD = jnp.concatenate(
         [
             own_NSD,
@@ -114,12 +126,11 @@ def listen(model: InteractionModel, state: TickState, inputs: TickInput) -> tupl
     )
     time_Nn = jnp.concatenate([time_N[:, None] - 1, jnp.repeat(time_N[:, None], layout.inputs, axis=1)], axis=1)
     slot_n = jnp.concatenate([jnp.array([layout.slots - 1]), jnp.arange(layout.inputs)])
-    seen_N = inputs.video_present & (time_N % layout.stream.video_every == 0)
     present_Nn = jnp.concatenate(
         [
             (time_N > 0)[:, None],
             jnp.repeat(inputs.user_present[:, None], layout.user_audio, axis=1),
-            jnp.repeat(seen_N[:, None], layout.user_video, axis=1),
+            jnp.repeat(shows_frame(model, inputs, time_N)[:, None], layout.user_video, axis=1),
             inputs.user_text != ABSENT,
         ],
         axis=1,
@@ -133,6 +144,31 @@ def embed_frame(model: InteractionModel, inputs: TickInput, time_N: jax.Array) -
     due_N = time_N % model.layout.stream.video_every == 0
     frame_NSD = model.embed_video(inputs.video[:, None])[:, 0]
     return jnp.where(due_N[:, None, None], frame_NSD, 0)
+
+
+def shows_frame(model: InteractionModel, inputs: TickInput, time_N: jax.Array) -> jax.Array:
+    return inputs.video_present & (time_N % model.layout.stream.video_every == 0)
+
+
+def take_notes(model: InteractionModel, z_NnD: jax.Array, listens_N: jax.Array, looks_N: jax.Array) -> jax.Array:
+    """int32 [N, K] of the hidden states of `listen`: the likeliest word heard, and the likeliest for the frame.
+
+    A head that was never taught is sure of nothing, and notes nothing.
+    """
+    frame = model.layout.user_audio + model.layout.user_video  # its last slot; slot 0 is the model's own, of before
+    logit_N2V = model.notes_head(z_NnD[:, jnp.array([frame, -1])]).astype(jnp.float32)
+    words_NV = jnp.where(is_word(jnp.arange(logit_N2V.shape[2]))[None], jax.nn.softmax(logit_N2V[:, 0]), 0)
+    notes = [sure(jax.nn.softmax(logit_N2V[:, 1]), listens_N)]
+    for _ in range(SEEN_WORDS):
+        notes.append(sure(words_NV, looks_N))
+        words_NV = jnp.where(jnp.arange(words_NV.shape[1])[None] == notes[-1][:, None], 0, words_NV)
+    return jnp.stack(notes, axis=1)
+
+
+def sure(probability_NV: jax.Array, counts_N: jax.Array) -> jax.Array:
+    """int32 [N], the likeliest token where it is likely enough."""
+    likely_N = counts_N & (jnp.max(probability_NV, axis=-1) >= SURE)
+    return jnp.where(likely_N, jnp.argmax(probability_NV, axis=-1), ABSENT).astype(jnp.int32)
 
 
 def write_text(

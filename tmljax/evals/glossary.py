@@ -38,7 +38,7 @@ MEASUREMENTS = {
     "false_take_over": Term("takes over unasked", "a take-over by words that begin where silence was due"),
     "false_utterance": Term("any word unasked", "any word at all that begins where silence was due"),
     "content": Term("content right", "the expected words, in order, in the reply window"),
-    "user_words_noted": Term("user’s words noted", "share of the user’s words in the model’s auxiliary output"),
+    "user_words_noted": Term("user’s words noted", "share of the user’s words that the model noted"),
     "verbal_cue": Term("verbal cue met", "the right words inside the window, else 0"),
     "verbal_cue_delay": Term("verbal cue delay", "the window’s start to the word, where the cue was met"),
     "verbal_cue_premature": Term("said before a verbal cue", "the cue’s words outside every window"),
@@ -67,8 +67,8 @@ LOSSES = {
     "loss/total": "all terms, weighted",
     "loss/text": "text: words, silence, holding",
     "loss/flow": "voice: flow matching of the mel",
-    "loss/heard": "the user’s words (auxiliary)",
-    "loss/seen": "what the frames show (auxiliary)",
+    "loss/heard": "notes: the user’s words",
+    "loss/seen": "notes: what the frames show; ln 2 at best, for two words in any order",
     "loss/router_z": "router z-loss",
 }
 

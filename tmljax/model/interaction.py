@@ -1,10 +1,11 @@
 """The interaction model: all streams of a micro-turn in one causal sequence.
 
 A position predicts the next one's content. So the last input slot predicts the first text token, that token's
-slot the next, and the last text slot is the condition of the flow head for the mel that follows it.
+slot the next, and the last text slot is the condition of the flow head for the mel that follows it. What the model
+notes of its input on the way, the user's words and what a frame shows, it reads back in the micro-turn's last slot.
 
 Legend: B batch, T micro-turns, S slots, R slots that are not video, N frames, P positions, D d_model, V vocab,
-X values of a slot of mel.
+K notes of a micro-turn, W words for a frame, X values of a slot of mel.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from tmljax.model.params import dense
 from tmljax.model.trunk import Trunk
 from tmljax.sharding import spread
 from tmljax.stream.dmel import BIN_WIDTH, LOG_LOW
-from tmljax.stream.microturn import ABSENT, BINS, Layout
+from tmljax.stream.microturn import ABSENT, BINS, CONTROL_TOKENS, SEEN_WORDS, Layout
 
 Params = dict[str, Any]
 Batch = dict[str, jax.Array]
@@ -34,8 +35,8 @@ Batch = dict[str, jax.Array]
 class Outputs(NamedTuple):
     text_BTSV: jax.Array  # logits of model_text
     condition_BTSD: jax.Array  # of the flow head, per model_audio slot
-    heard_BTV: jax.Array  # logits of the auxiliary user's words
-    seen_BNV: jax.Array  # and of the words for what each frame shows
+    heard_BTV: jax.Array  # logits of the notes: the user's words
+    seen_BNV: jax.Array  # and the words for what each frame shows
     moe: MoeReport  # stacked over layers
 
 
@@ -45,6 +46,7 @@ class InteractionModel(nnx.Module):
         D = model.d_model
         self.tokens = dense(rngs, (stream.vocab_size, D), ("vocab", "embed"), fan_in=4)
         self.slots = dense(rngs, (self.layout.slots, D), ("small", "embed"), fan_in=4)
+        self.senses = dense(rngs, (2, D), ("small", "embed"), fan_in=1)  # tell a word heard from one for what is seen
         self.user_dmel = DmelEmbed(self.layout, D, rngs)
         self.model_dmel = DmelEmbed(self.layout, D, rngs)
         self.patches = PatchEmbed(self.layout, model, rngs)
@@ -67,8 +69,18 @@ class InteractionModel(nnx.Module):
     def embed_model_text(self, token_BTS: jax.Array, slot: int = 0) -> jax.Array:
         return self._place(self.tokens[...][token_BTS], self.layout.inputs + slot)
 
-    def embed_model_audio(self, mel_BTFM: jax.Array) -> jax.Array:
-        return self._place(self.model_dmel(quantise(mel_BTFM)), self.layout.inputs + self.layout.model_text)
+    def embed_model_audio(self, mel_BTFM: jax.Array, note_BTK: jax.Array) -> jax.Array:
+        """`note_BTK` (`notes_of`) is read with the last slot."""
+        x_BTSD = self.model_dmel(quantise(mel_BTFM))
+        last_BT1D = x_BTSD[:, :, -1:] + self.embed_notes(note_BTK)[:, :, None]
+        x_BTSD = jnp.concatenate([x_BTSD[:, :, :-1], last_BT1D], axis=2)
+        return self._place(x_BTSD, self.layout.inputs + self.layout.model_text)
+
+    def embed_notes(self, note_BTK: jax.Array) -> jax.Array:
+        heard_1D, seen_1D = jnp.split(self.senses[...], 2)
+        sense_KD = jnp.concatenate([heard_1D, *[seen_1D] * SEEN_WORDS])
+        x_BTKD = self.tokens[...][note_BTK] * sense_KD[None, None]
+        return jnp.sum(jnp.where(is_word(note_BTK)[..., None], x_BTKD, 0), axis=2)
 
     def embed_slot_of_speech(self, mel_NfM: jax.Array, slot: int) -> jax.Array:
         """One model_audio slot alone, [N, 1, D]; `mel_NfM` has the frames of that slot."""
@@ -88,7 +100,7 @@ class InteractionModel(nnx.Module):
             self.embed_user_audio(batch["user_dmel"]),
             self.embed_user_text(batch["user_text"]),
             self.embed_model_text(batch["model_text"]),
-            self.embed_model_audio(batch["model_mel"]),
+            self.embed_model_audio(batch["model_mel"], notes_of(batch)),
         )
         present = (
             jnp.repeat(batch["user_present"][..., None], self.layout.user_audio, axis=2),
@@ -131,6 +143,20 @@ class InteractionModel(nnx.Module):
         condition_BTSD = z_BTRD[:, :, first + texts - 1 : -1]
         heard_BTV, seen_BNV = self.notes_head(z_BTRD[:, :, first - 1]), self.notes_head(z_BNSD[:, :, -1])
         return Outputs(text_BTSV, condition_BTSD, heard_BTV, seen_BNV, moe)
+
+
+def notes_of(batch: Batch) -> jax.Array:
+    """int32 [B, T, K]: what there was to note in each micro-turn; of a frame, in the micro-turn that it came with."""
+    heard_BT = jnp.where(batch["user_present"], batch["heard"], ABSENT)
+    seen_BNW = jnp.where(batch["video_present"][..., None], batch["seen"], ABSENT)
+    (B, T), N = heard_BT.shape, seen_BNW.shape[1]
+    between = ((0, 0), (0, 0), (0, T // N - 1), (0, 0))
+    seen_BTW = jnp.pad(seen_BNW[:, :, None], between, constant_values=ABSENT).reshape(B, T, SEEN_WORDS)
+    return jnp.concatenate([heard_BT[..., None], seen_BTW], axis=2)
+
+
+def is_word(token: jax.Array) -> jax.Array:
+    return token >= len(CONTROL_TOKENS)
 
 
 def quantise(mel: jax.Array) -> jax.Array:

@@ -13,9 +13,10 @@ from tmljax import config
 from tmljax.model import cache
 from tmljax.model.block import Block, MoeReport
 from tmljax.model.params import constant
-from tmljax.ops.attention import Attend, attend, attend_one_by_one, forgetful, see
+from tmljax.ops.attention import Plan, attend, attend_one_by_one, forgetful, in_blocks, see
 from tmljax.ops.context import make_look
 from tmljax.ops.norm import rms_norm
+from tmljax.ops.splash import through_splash
 from tmljax.sharding import spread
 
 QUERY_TURNS = 16  # micro-turns in a block of queries
@@ -37,12 +38,14 @@ def unrolled(model: config.Model) -> bool:
     return model.layers <= UNROLLED_IN_TICK
 
 
-def choose_attention(remat: str, mesh: Mesh | None) -> Attend:
-    """How training attends: what is fast on a CPU costs an accelerator its parallelism."""
+def choose_attention(model: config.Model, mesh: Mesh | None) -> Plan:
+    """How training attends. Of blocks, what is fast on a CPU costs an accelerator its parallelism."""
+    if model.attention == "splash":
+        return through_splash()
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     if platform == "cpu":
-        return attend_one_by_one
-    return attend if remat == "none" else forgetful
+        return in_blocks(QUERY_TURNS, attend_one_by_one)
+    return in_blocks(QUERY_TURNS, attend if model.remat == "none" else forgetful)
 
 
 class Trunk(nnx.Module):
@@ -73,8 +76,8 @@ class Trunk(nnx.Module):
         """
         turn_P, slot_P = place_P2.T
         time_BP = start_B[:, None] + turn_P[None]
-        score = choose_attention(self.model.remat, mesh)
-        look = make_look(turn_P, slot_P, present_BP, self.model.window, QUERY_TURNS, mesh, score)
+        plan = choose_attention(self.model, mesh)
+        look = make_look(turn_P, slot_P, present_BP, self.model.window, plan, mesh)
         graph, stacked = nnx.split(self.blocks)
 
         def step(x_BPD, layer):

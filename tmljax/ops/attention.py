@@ -8,12 +8,23 @@ Legend: B batch, P query positions, Q key positions, K kv heads, G queries per k
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]  # as `attend` below
+
+
+class Sight(NamedTuple):
+    """How positions attend to the Q keys at hand, of which the last are their own."""
+
+    mask: Callable[[jax.Array], Any]  # present [B, Q] -> what `attend` needs of it, the same for all layers
+    attend: Callable[..., jax.Array]  # (q [B, P, H, h], k and v [B, Q, K, h], masks, sinks [H]) -> [B, P, H, h]
+
+
+Plan = Callable[[np.ndarray, np.ndarray, int, int], Sight]  # (micro-turns [Q], slots [Q], how many are own, window)
 
 HIDDEN = -1e30  # a masked logit; finite, so that a row without keys stays finite
 
@@ -114,6 +125,25 @@ def query_blocks(turn_P: np.ndarray, block: int, window: int) -> list[tuple[slic
         bounds = np.searchsorted(turn_P, [first - window + 1, first, first + block]).tolist()
         blocks.append((slice(bounds[1], bounds[2]), slice(bounds[0], bounds[2])))
     return blocks
+
+
+def in_blocks(block: int, attend: Attend = attend) -> Plan:
+    """Queries of `block` micro-turns at a time, by `attend_in_blocks`."""
+
+    def plan(turn_Q: np.ndarray, slot_Q: np.ndarray, own: int, window: int) -> Sight:
+        sights = query_blocks(turn_Q, block, window)
+        past = len(turn_Q) - own
+        blocks = [(slice(q.start - past, q.stop - past), k) for q, k in sights]
+        turn_1Q = turn_Q[None]
+
+        def mask(present_BQ: jax.Array) -> list[jax.Array]:
+            return [
+                see(turn_1Q[:, q], slot_Q[q], turn_1Q[:, k], slot_Q[k], present_BQ[:, k], window) for q, k in sights
+            ]
+
+        return Sight(mask, lambda q, k, v, masks, sink_H: attend_in_blocks(q, k, v, blocks, masks, sink_H, attend))
+
+    return plan
 
 
 def attend_in_blocks(

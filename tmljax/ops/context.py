@@ -7,57 +7,47 @@ Legend: B batch, P positions, Q key positions, H heads, K kv heads, h head dim.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from tmljax.ops.attention import Attend, attend, attend_in_blocks, query_blocks, see
+from tmljax.ops.attention import Plan
 from tmljax.sharding import BATCH_AXES
 
 AXIS = "context"
 
 
 def make_look(
-    turn_P: np.ndarray,
-    slot_P: np.ndarray,
-    present_BP: jax.Array,
-    window: int,
-    block: int,
-    mesh: Mesh | None,
-    attend: Attend = attend,
+    turn_P: np.ndarray, slot_P: np.ndarray, present_BP: jax.Array, window: int, plan: Plan, mesh: Mesh | None
 ) -> Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]:
     """Attention (q, k, v, sinks) -> [B, P, H, h] of positions whose micro-turns, from 0, and slots these are.
 
-    The positions of each member's micro-turns must be those of the first's, later. `block` is as in `query_blocks`,
-    `attend` as in `attend_in_blocks`.
+    The positions of each member's micro-turns must be those of the first's, later. `plan` is `attention.in_blocks` or
+    `splash.through_splash`.
     """
     members = 1 if mesh is None else mesh.shape[AXIS]
     own, turns = len(turn_P) // members, (int(turn_P[-1]) + 1) // members
     shards = min(members - 1, -(-(window - 1) // turns))
     turn_Q = np.concatenate([turn_P[:own] - n * turns for n in range(shards, -1, -1)])
-    slot_Q = np.tile(slot_P[:own], shards + 1)
-    sights = query_blocks(turn_Q, block, window)
-    blocks = [(slice(q.start - shards * own, q.stop - shards * own), k) for q, k in sights]
+    sight = plan(turn_Q, np.tile(slot_P[:own], shards + 1), own, window)
 
-    def see_in_blocks(present_BP: jax.Array) -> list[jax.Array]:
-        present_BQ = with_past(present_BP, shards)
-        turn_1Q = turn_Q[None]
-        return [see(turn_1Q[:, q], slot_Q[q], turn_1Q[:, k], slot_Q[k], present_BQ[:, k], window) for q, k in sights]
+    def mask(present_BP: jax.Array) -> Any:
+        return sight.mask(with_past(present_BP, shards))
 
     def look_around(q_BPHh, k_BPKh, v_BPKh, sink_H, masks):
-        k_BQKh, v_BQKh = with_past(k_BPKh, shards), with_past(v_BPKh, shards)
-        return attend_in_blocks(q_BPHh, k_BQKh, v_BQKh, blocks, masks, sink_H, attend)
+        return sight.attend(q_BPHh, with_past(k_BPKh, shards), with_past(v_BPKh, shards), masks, sink_H)
 
     if mesh is not None and mesh.size > 1:
         heads = PartitionSpec(BATCH_AXES, AXIS, "tensor", None)
         rows = PartitionSpec(BATCH_AXES, AXIS)
         sharded = {"mesh": mesh, "check_vma": False}
-        see_in_blocks = jax.shard_map(see_in_blocks, in_specs=rows, out_specs=rows, **sharded)
+        mask = jax.shard_map(mask, in_specs=rows, out_specs=rows, **sharded)
         each = (heads, heads, heads, PartitionSpec("tensor"), rows)
         look_around = jax.shard_map(look_around, in_specs=each, out_specs=heads, **sharded)
-    masks = see_in_blocks(present_BP)
+    masks = mask(present_BP)
 
     def look(q_BPHh, k_BPKh, v_BPKh, sink_H):
         copies = 1 if mesh is None else max(1, mesh.shape["tensor"] // k_BPKh.shape[2])  # no member without a kv head

@@ -92,8 +92,10 @@ def at_experts(setting: Setting) -> float:
 
 
 def score_bytes(setting: Setting, queries: float) -> float:
-    """Attention scores in float32 of so many queries against all they could see."""
+    """Attention scores in float32 of so many queries against all they could see; splash keeps them to itself."""
     model = setting.experiment.model
+    if model.attention == "splash":
+        return 0.0
     turns = min(setting.experiment.data.window, model.window + QUERY_TURNS)
     keys = turns * setting.length / setting.experiment.data.window
     return setting.examples * model.heads / setting.axes["tensor"] * queries * keys * 4

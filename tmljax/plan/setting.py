@@ -114,7 +114,7 @@ def settle(experiment: Experiment, where: Slice) -> Setting:
     its chips lack what the config asks for."""
     setting = Setting(experiment, where, fill(experiment.mesh, where.devices))
     check_sizes(experiment, setting.axes)
-    check_platform(experiment.model.moe, setting.axes, "tpu" if where.compiles else "gpu")
+    check_platform(experiment.model, setting.axes, "tpu" if where.compiles else "gpu")
     _ = setting.state
     return setting
 

@@ -5,6 +5,9 @@ Legend: N positions of a device, R rows of its experts, D d_model, W expert widt
 
 from __future__ import annotations
 
+import math
+
+from tmljax.ops import experts, splash
 from tmljax.plan.memory import layer_weights, rows
 from tmljax.plan.roofline import Traffic, Work
 from tmljax.plan.setting import Setting, shard_bytes
@@ -29,12 +32,27 @@ def executed_flops(setting: Setting) -> float:
     """Of a step over all devices, what the remat policy computes again included."""
     experiment, model = setting.experiment, setting.experiment.model
     batch, moe, D = experiment.data.batch, model.moe, model.d_model
-    attention = batch * attention_flops(experiment) / 3
     places = 2.0 * batch * setting.length * model.layers
     routed = places * moe.top_k * 3 * D * moe.expert_width
     dense = 2 * D * (model.heads + model.kv_heads) * model.head_dim + 3 * D * moe.shared_width + D * moe.experts
-    again = {"none": 0.0, "dots": routed + 2 * attention, "full": routed + places * dense + 2 * attention}
-    return model_flops(setting) + again[model.remat]
+    again = {"none": 0.0, "dots": routed, "full": routed + places * dense}
+    return model_flops(setting) + again[model.remat] + attention_again(setting)
+
+
+def attention_again(setting: Setting) -> float:
+    """What attention computes beyond the six products that MFU counts: scores and mixtures forward, four backward.
+
+    Blocks make scores again for the block and, with remat, for the layer. Splash works on whole blocks of pairs, seen
+    or not, and its two backward kernels take seven products.
+    """
+    experiment, model = setting.experiment, setting.experiment.model
+    product = experiment.data.batch * attention_flops(experiment) / 6
+    if model.attention == "blocks":
+        return 0.0 if model.remat == "none" else 4 * product
+    turn_P, slot_P = setting.layout.positions(experiment.data.window).T
+    mask_PR = splash.make_mask(turn_P, slot_P, len(turn_P), model.window)
+    seen = attention_flops(experiment) / (12 * model.layers * model.heads * model.head_dim)
+    return product * (splash.count_worked(mask_PR) / seen * (2 * (PASSES[model.remat] - 1) + 7) - 6)
 
 
 def memory_traffic(setting: Setting, accumulate: int) -> float:
@@ -47,9 +65,33 @@ def memory_traffic(setting: Setting, accumulate: int) -> float:
     weights = layer_weights(setting) * (2 * passes + 2)
     qkv = (2 * model.heads + 2 * model.kv_heads) * model.head_dim / tensor
     activations = (N * (10 * D + 3 * qkv) + R * (8 * D + 6 * W / tensor)) * setting.width * (passes + 1)
+    scores = 0.0 if model.attention == "splash" else attended(setting) * 4 * 4 * (passes + 1)
+    return update + accumulate * model.layers * (weights + activations + scores) + kernel_traffic(setting)
+
+
+def attended(setting: Setting) -> float:
+    """Pairs of a query and a key it sees, of a layer's heads on a device."""
+    model = setting.experiment.model
     pairs = attention_flops(setting.experiment) / (12 * model.layers * model.heads * model.head_dim)
-    scores = setting.examples * pairs / setting.axes["context"] * model.heads / tensor * 4 * 4 * (passes + 1)
-    return update + accumulate * model.layers * (weights + activations + scores)
+    return setting.examples * pairs / setting.axes["context"] * model.heads / setting.axes["tensor"]
+
+
+def kernel_traffic(setting: Setting) -> float:
+    """Bytes that kernels read more than once in a step, block by block; a compiler counts a kernel's operands once."""
+    model, again = setting.experiment.model, 0.0
+    if model.attention == "splash":  # keys and values for each block of queries
+        again += attended(setting) / splash.BLOCK * 2 * model.head_dim
+    if model.moe.matmul == "grouped":
+        D, W = model.d_model, model.moe.expert_width / setting.axes["tensor"]
+        again += 2 * read_again(rows(setting), D, W) + read_again(rows(setting), W, D)
+    passes = PASSES[model.remat] + 1  # a backward pass has two products to each of the forward's
+    return setting.experiment.optimizer.accumulate * model.layers * passes * again * setting.width
+
+
+def read_again(rows: float, depth: float, columns: float) -> float:
+    """Numbers that a grouped product reads more than once: weights for each block of rows, rows for each of columns."""
+    tile_rows, _, tile_columns = experts.TILE
+    return rows / tile_rows * depth * columns + rows * depth * (math.ceil(columns / tile_columns) - 1)
 
 
 def exchange(setting: Setting, times: float) -> list[Traffic]:

@@ -28,7 +28,8 @@ BINS = 16  # dMel bins
 PATCH = 40  # pixels along a patch
 PATCH_VALUES = PATCH * PATCH * 3
 OUTPUT_LAG = 1
-SEEN_WORDS = 2  # for what a frame shows, in any order: the auxiliary target of its last slot
+SEEN_WORDS = 2  # for what a frame shows, in any order, noted at its last slot
+NOTES = 1 + SEEN_WORDS  # of a micro-turn, in this order: a word heard, then those for what is seen
 
 # Control tokens; every tokenizer of the project puts them first.
 ABSENT = 0  # no typed text in this slot

@@ -1,4 +1,4 @@
-"""The training objective: cross-entropy on text, flow matching on speech, and as auxiliaries what is heard and seen.
+"""The training objective: cross-entropy on text and on notes of what is heard and seen, flow matching on speech.
 
 Legend: B batch, T micro-turns, N frames, S slots of a stream or words of a frame, V vocab, X values of a slot of mel,
 L layers, E experts.
@@ -37,16 +37,19 @@ def objective(
     """Returns the loss and (metrics, routing). Every metric is a float32 scalar; `loss/*` terms are unweighted.
 
     Without a key it is that of held-out data: the model hears its own speech unblurred, as when it is used, and the
-    noise of the flow is the same each time.
+    noise of the flow is the same each time. But it reads true notes, where it will have its own.
     """
     model = definition.bind(params)
-    k_feedback, k_flow = jax.random.split(jax.random.key(0) if key is None else key)
+    k_feedback, k_words, k_flow = jax.random.split(jax.random.key(0) if key is None else key, 3)
     target_BTS = batch["model_text"]
     speaks_BT = jnp.any(target_BTS != IDLE, axis=2)
-    fed_back = batch["model_mel"]
+    fed_back = {name: batch[name] for name in ("model_mel", "heard")}
     if key is not None:
-        fed_back = blur(fed_back, speaks_BT, definition.model.flow.feedback_noise, k_feedback)
-    out = model(batch | {"model_mel": fed_back}, mesh)
+        fed_back = {
+            "model_mel": blur(batch["model_mel"], speaks_BT, definition.model.flow.feedback_noise, k_feedback),
+            "heard": mishear(batch["heard"], definition.model.mishearing, k_words),
+        }
+    out = model(batch | fed_back, mesh)
     valid_BT = batch["valid"].astype(jnp.float32)
 
     word_BTS = (target_BTS != IDLE) & (target_BTS != HOLD)
@@ -94,6 +97,16 @@ def blur(mel_BTFM: jax.Array, speaks_BT: jax.Array, most: float, key: jax.Array)
     noise_BTFM = jax.random.normal(k_noise, mel_BTFM.shape)
     blurred_BTFM = jnp.sqrt(share_B111) * noise_BTFM + jnp.sqrt(1 - share_B111) * normalise(mel_BTFM)
     return jnp.where(speaks_BT[..., None, None], denormalise(blurred_BTFM), mel_BTFM.astype(jnp.float32))
+
+
+def mishear(heard_BT: jax.Array, share: float, key: jax.Array) -> jax.Array:
+    """The user's words as training feeds them back: in a `share` of the micro-turns what the example before it in the
+    batch hears then, mostly nothing, now and then another word. The model's own notes will err too. What nobody wrote
+    down is neither replaced nor put in place of anything; a batch of one example has nothing to take.
+    """
+    other_BT = jnp.roll(heard_BT, 1, axis=0)
+    wrong_BT = jax.random.bernoulli(key, share, heard_BT.shape) & (heard_BT != ABSENT) & (other_BT != ABSENT)
+    return jnp.where(wrong_BT, other_BT, heard_BT)
 
 
 @jax.named_scope("flow")
