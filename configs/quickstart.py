@@ -16,7 +16,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.name = "quickstart"
     config.data.train_hours = 16.0
     config.data.test_per_family = 24
-    config.train.steps = 800
+    config.train.steps = 900
     config.optimizer.warmup = 80
     config.train.save_every = 100
     config.train.eval_every = 100

@@ -78,7 +78,7 @@ class Model:
     kv_heads: int = 2
     head_dim: int = 64
     window: int = 64  # micro-turns that attention looks back, this one included
-    mishearing: float = 0.3  # share of micro-turns in which training reads another example's note, mostly none
+    mishearing: float = 0.15  # share of micro-turns in which training reads another example's note, mostly none
     attention: Literal["blocks", "splash"] = "blocks"  # in training; splash: TPUs
     moe: Moe = field(default_factory=Moe)
     flow: Flow = field(default_factory=Flow)

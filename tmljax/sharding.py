@@ -246,6 +246,13 @@ def spread(batch: Any, mesh: jax.sharding.Mesh | None) -> Any:
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, sharding) if x.ndim > 1 else x, batch)
 
 
+def whole(weight: jax.Array, mesh: jax.sharding.Mesh | None) -> jax.Array:
+    """A weight gathered for use. Said where XLA would rather gather all examples to work on a part of the weight."""
+    if mesh is None or mesh.size == 1:
+        return weight
+    return jax.lax.with_sharding_constraint(weight, replicated(mesh))
+
+
 def process_rows(mesh: jax.sharding.Mesh, batch: int, process: int | None = None) -> np.ndarray:
     """Which rows of a batch a process reads, this one by default: those of its devices, in ascending order.
 

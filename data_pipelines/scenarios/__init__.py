@@ -45,7 +45,7 @@ SECONDS: dict[str, float] = {
     "model_backchannel": 11.2,
     "verbal_cue": 10.2,
     "no_answer": 7.0,
-    "visual_cue": 10.9,
+    "visual_cue": 10.8,
     "visual_question": 9.1,
     "typed_text": 10.1,
 }

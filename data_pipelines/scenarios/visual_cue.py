@@ -1,4 +1,4 @@
-"""Visual cue: "tell me when you see the red circle"; say so when it appears, and nothing before."""
+"""Visual cue: "tell me when you see the red circle"; say so each time it appears, and nothing before."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ ORDERS = (
 )
 SEE = 0.4  # seconds in which the model notices
 LATE = 2.0  # seconds after it appears in which its answer may begin
+AGAIN = 8.6  # seconds after which it does not appear once more, so that most sessions fit a training window of 12 s
 
 
 def compose(stage: Stage) -> Score:
@@ -27,26 +28,25 @@ def compose(stage: Stage) -> Score:
     order, values = draw_filled(rng, stage.split, ORDERS, c=tuple(COLOURS), s=SHAPES)
     colour, shape = values["c"], values["s"]
     stage.turn(order)
-    stage.reply("okay i will watch for it", ())
-    agreed = stage.clock
+    stage.reply("okay i will watch", ())
     period = MICROTURN_SECONDS * stage.stream.video_every
-    first = int((agreed + rng.uniform(0.8, 4.0)) / period) + 1  # the frame in which the target appears
-    appears = first * period
-    stage.close(agreed + 0.3)
-    stage.expect_silence(agreed + 0.3, appears)
-    spoken = stage.model(f"the {colour} {shape} is there", boundary(appears + SEE))
-    stage.truth.append(
-        {
-            "kind": "cue",
-            "modality": "visual",
-            "window": [round(appears, 3), round(appears + LATE, 3)],
-            "content": [colour, shape],
-        }
-    )
-    stage.clock = spoken.end
+    quiet = stage.clock + 0.3  # since when nothing has been due
+    stage.close(quiet)
+    things: list[Thing | None] = []
+    while not things or (stage.clock < AGAIN and rng.random() < 0.8):
+        longest = 1.2 if things else 2.8
+        first = int((stage.clock + rng.uniform(0.4, longest)) / period) + 1  # the frame in which the target appears
+        appears = first * period
+        stage.expect_silence(quiet, appears)
+        spoken = stage.model(f"the {colour} {shape} came", boundary(appears + SEE))
+        window = [round(appears, 3), round(appears + LATE, 3)]
+        stage.truth.append({"kind": "cue", "modality": "visual", "window": window, "content": [colour, shape]})
+        things += _distractors(stage, colour, shape, first - len(things))
+        things += [draw_thing(rng, colour, shape)] * int(rng.integers(2, 5))
+        stage.clock, quiet = max(spoken.end, len(things) * period), max(appears + LATE, spoken.end) + 0.1
     score = stage.score("visual_cue", (0.3, 0.7))
     frames = round(score.seconds / period)
-    things = _distractors(stage, colour, shape, first) + [draw_thing(rng, colour, shape)] * (frames - first)
+    things += _distractors(stage, colour, shape, frames - len(things))
     return replace(score, scene=Scene(stage.stream.video_height, stage.stream.video_width, tuple(things)))
 
 

@@ -203,20 +203,23 @@ def test_verbal_cues_are_spoken_over_the_user(scores):
 
 @pytest.mark.parametrize("stream", [Stream(), Stream(video_every=5, video_height=80, video_width=120)])
 def test_the_thing_appears_when_the_truth_says(voices, stream):
-    seen = Counter()
-    for seed in range(10):
+    seen, often = Counter(), Counter()
+    for seed in range(16):
         score = perform("visual_cue", voices, seed, stream=stream)
-        (cue,) = [e for e in score.truth if e["kind"] == "cue"]
+        cues = [e for e in score.truth if e["kind"] == "cue"]
         period = MICROTURN_SECONDS * stream.video_every
-        first = round(cue["window"][0] / period)
-        target = tuple(cue["content"])
+        target = tuple(cues[0]["content"])
         assert len(score.scene.things) == round(score.seconds / period)
         assert (score.scene.height, score.scene.width) == (stream.video_height, stream.video_width)
-        for frame, thing in enumerate(score.scene.things):
-            shown = thing is not None and (thing.colour, thing.shape) == target
-            assert shown == (frame >= first)
-        seen.update(thing is not None for thing in score.scene.things[:first])
+        shows = [thing is not None and (thing.colour, thing.shape) == target for thing in score.scene.things]
+        appears = [frame for frame, (before, now) in enumerate(pairwise([False, *shows])) if now and not before]
+        assert appears == [round(cue["window"][0] / period) for cue in cues]
+        assert all(shows[frame + 1] for frame in appears)  # for two frames at least
+        seen.update(thing is not None for thing, target in zip(score.scene.things, shows) if not target)
+        often[len(cues)] += 1
     assert seen[True] > seen[False] > 0
+    assert often[1]
+    assert often[2]
 
 
 def test_typing_has_a_pace_and_may_come_without_audio(scores):

@@ -93,3 +93,57 @@ def test_traffic_counts_slices_for_their_size_and_nothing_that_stays_on_chip(pro
 )
 def test_groups_of_devices_in_each_way_that_xla_writes_them(text, members):
     assert hlo.first_group(text) == members
+
+
+# A gather of weights under a kernel: begun, gone on beside the product, ended; and attributes on lines of their own.
+ASYNC = """\
+%begun (s: bf16[4,8]) -> (bf16[4,8], bf16[16,8], u32[]) {
+  %s = bf16[4,8]{1,0} parameter(0)
+  %gather.1 = bf16[16,8]{1,0} all-gather(%s), replica_groups={{0,1,2,3}}, dimensions={0}
+  ROOT %start = (bf16[4,8], bf16[16,8], u32[]{:S(2)}) custom-call(%gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%async_collective_fusion.7 (s: bf16[4,8], g: bf16[16,8], u: u32[], x: bf16[2,8]) -> (bf16[2,8], bf16[4,8], bf16[16,8], \
+u32[]) {
+  %x = bf16[2,8]{1,0} parameter(3)
+  %kernel = bf16[2,8]{1,0} custom-call(%x), custom_call_target="tpu_custom_call", kernel_metadata={"a": {
+"b": 1
+}}, backend_config={}
+  %s = bf16[4,8]{1,0} parameter(0)
+  %g = bf16[16,8]{1,0} parameter(1)
+  %gather.2 = bf16[16,8]{1,0} all-gather(%s), replica_groups={{0,1,2,3}}, dimensions={0}
+  %u = u32[]{:S(2)} parameter(2)
+  ROOT %both = (bf16[2,8], bf16[4,8], bf16[16,8], u32[]{:S(2)}) tuple(%kernel, %s, %gather.2, %u)
+}
+
+%ended (s: bf16[4,8], g: bf16[16,8], u: u32[]) -> bf16[16,8] {
+  %s = bf16[4,8]{1,0} parameter(0)
+  %g = bf16[16,8]{1,0} parameter(1)
+  %gather.3 = bf16[16,8]{1,0} all-gather(%s), replica_groups={{0,1,2,3}}, dimensions={0}
+  %u = u32[]{:S(2)} parameter(2)
+  ROOT %done = bf16[16,8]{1,0} custom-call(%s, %g, %gather.3, %u), custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (w: bf16[4,8], y: bf16[2,8]) -> bf16[16,8] {
+  %w = bf16[4,8]{1,0} parameter(0)
+  %y = bf16[2,8]{1,0} parameter(1)
+  %async-collective-start = (bf16[4,8], bf16[16,8], u32[]{:S(2)}) fusion(%w), kind=kCustom, calls=%begun
+  %a = bf16[4,8]{1,0} get-tuple-element(%async-collective-start), index=0
+  %b = bf16[16,8]{1,0} get-tuple-element(%async-collective-start), index=1
+  %c = u32[]{:S(2)} get-tuple-element(%async-collective-start), index=2
+  %gmm = (bf16[2,8], bf16[4,8], bf16[16,8], u32[]{:S(2)}) fusion(%a, %b, %c, %y), kind=kCustom, \
+calls=%async_collective_fusion.7
+  %d = bf16[4,8]{1,0} get-tuple-element(%gmm), index=1
+  %e = bf16[16,8]{1,0} get-tuple-element(%gmm), index=2
+  %f = u32[]{:S(2)} get-tuple-element(%gmm), index=3
+  ROOT %async-collective-done = bf16[16,8]{1,0} fusion(%d, %e, %f), kind=kCustom, calls=%ended
+}
+"""
+
+
+def test_a_collective_under_products_counts_once_and_nobody_waits_for_it():
+    program = hlo.read(ASYNC)
+    (gather,) = program.collectives()
+    assert (gather.operation, gather.bytes, gather.times, gather.waits) == ("all-gather", 16 * 8 * 2, 1, False)
+    shard, gathered, row = 4 * 8 * 2, 16 * 8 * 2, 2 * 8 * 2
+    assert program.traffic_bytes() == shard + (shard + gathered) + (row + row)

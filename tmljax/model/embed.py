@@ -7,10 +7,12 @@ N video frames, P patches, X values of a patch, Y of its places, t times, n fram
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from tmljax import config
 from tmljax.model.params import dense
 from tmljax.ops.norm import rms_norm
+from tmljax.sharding import spread, whole
 from tmljax.stream.microturn import BINS, MEL, PATCH, Layout
 
 
@@ -26,14 +28,15 @@ class DmelEmbed(nnx.Module):
         self.table = dense(rngs, (MEL * BINS, width), ("input", "frame"), fan_in=MEL)
         self.merge = dense(rngs, (self.frames * width, d_model), ("input", "embed"), fan_in=self.frames * width)
 
-    def __call__(self, dmel_BTFM: jax.Array) -> jax.Array:
+    def __call__(self, dmel_BTFM: jax.Array, mesh: Mesh | None = None) -> jax.Array:
         """uint8 [B, T, 8, 80] -> [B, T, S, D]."""
         B, T, F, M = dmel_BTFM.shape
         # A one-hot matmul: its gradient is a matmul too, where that of a gather is a scatter.
         one_hot = dmel_BTFM[..., None] == jnp.arange(BINS, dtype=dmel_BTFM.dtype).reshape(1, 1, 1, 1, -1)
-        bag_BTFE = jnp.dot(one_hot.reshape(B, T, F, M * BINS).astype(self.table.dtype), self.table[...])
+        table, merge = whole(self.table[...], mesh), whole(self.merge[...], mesh)
+        bag_BTFE = jnp.dot(one_hot.reshape(B, T, F, M * BINS).astype(table.dtype), table)
         slot_BTS = jax.nn.gelu(bag_BTFE).reshape(B, T, F // self.frames, -1)
-        return jnp.dot(slot_BTS, self.merge[...])
+        return spread(jnp.dot(spread(slot_BTS, mesh), merge), mesh)
 
 
 FRAMES_AT_ONCE = 16  # whose sub-patches are in memory, unless config.model.remat is "none"

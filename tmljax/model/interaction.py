@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -22,7 +23,7 @@ from tmljax import config
 from tmljax.model.block import MoeReport
 from tmljax.model.embed import DmelEmbed, PatchEmbed
 from tmljax.model.heads import FlowHead, TextHead
-from tmljax.model.params import dense
+from tmljax.model.params import constant, dense
 from tmljax.model.trunk import Trunk
 from tmljax.sharding import spread
 from tmljax.stream.dmel import BIN_WIDTH, LOG_LOW
@@ -46,7 +47,9 @@ class InteractionModel(nnx.Module):
         D = model.d_model
         self.tokens = dense(rngs, (stream.vocab_size, D), ("vocab", "embed"), fan_in=4)
         self.slots = dense(rngs, (self.layout.slots, D), ("small", "embed"), fan_in=4)
-        self.senses = dense(rngs, (2, D), ("small", "embed"), fan_in=1)  # tell a word heard from one for what is seen
+        # These tell a word heard from one for what is seen; at first it is the same word by any sense.
+        self.senses = dense(rngs, (2, D), ("small", "embed"), fan_in=4)
+        self.sense_scales = constant((2, D), ("small", "embed"), 1.0)
         self.user_dmel = DmelEmbed(self.layout, D, rngs)
         self.model_dmel = DmelEmbed(self.layout, D, rngs)
         self.patches = PatchEmbed(self.layout, model, rngs)
@@ -57,8 +60,8 @@ class InteractionModel(nnx.Module):
 
     # Embeddings of each stream, [B, T, slots of the stream, D], slot identity included.
 
-    def embed_user_audio(self, dmel_BTFM: jax.Array) -> jax.Array:
-        return self._place(self.user_dmel(dmel_BTFM), 0)
+    def embed_user_audio(self, dmel_BTFM: jax.Array, mesh: Mesh | None = None) -> jax.Array:
+        return self._place(self.user_dmel(dmel_BTFM, mesh), 0)
 
     def embed_video(self, patch_BNPX: jax.Array) -> jax.Array:
         return self._place(self.patches(patch_BNPX), self.layout.user_audio)
@@ -69,17 +72,17 @@ class InteractionModel(nnx.Module):
     def embed_model_text(self, token_BTS: jax.Array, slot: int = 0) -> jax.Array:
         return self._place(self.tokens[...][token_BTS], self.layout.inputs + slot)
 
-    def embed_model_audio(self, mel_BTFM: jax.Array, note_BTK: jax.Array) -> jax.Array:
+    def embed_model_audio(self, mel_BTFM: jax.Array, note_BTK: jax.Array, mesh: Mesh | None = None) -> jax.Array:
         """`note_BTK` (`notes_of`) is read with the last slot."""
-        x_BTSD = self.model_dmel(quantise(mel_BTFM))
+        x_BTSD = self.model_dmel(quantise(mel_BTFM), mesh)
         last_BT1D = x_BTSD[:, :, -1:] + self.embed_notes(note_BTK)[:, :, None]
         x_BTSD = jnp.concatenate([x_BTSD[:, :, :-1], last_BT1D], axis=2)
         return self._place(x_BTSD, self.layout.inputs + self.layout.model_text)
 
     def embed_notes(self, note_BTK: jax.Array) -> jax.Array:
-        heard_1D, seen_1D = jnp.split(self.senses[...], 2)
-        sense_KD = jnp.concatenate([heard_1D, *[seen_1D] * SEEN_WORDS])
-        x_BTKD = self.tokens[...][note_BTK] * sense_KD[None, None]
+        kind_K = np.array([0] + [1] * SEEN_WORDS)
+        sense_KD, scale_KD = self.senses[...][kind_K], self.sense_scales[...][kind_K]
+        x_BTKD = self.tokens[...][note_BTK] * scale_KD[None, None] + sense_KD[None, None]
         return jnp.sum(jnp.where(is_word(note_BTK)[..., None], x_BTKD, 0), axis=2)
 
     def embed_slot_of_speech(self, mel_NfM: jax.Array, slot: int) -> jax.Array:
@@ -93,14 +96,14 @@ class InteractionModel(nnx.Module):
         return (x_BTSD + slot_SD[None, None]).astype(self.model.dtype)
 
     @jax.named_scope("embed")
-    def weave(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    def weave(self, batch: Batch, mesh: Mesh | None = None) -> tuple[jax.Array, jax.Array]:
         """All streams in the order of `Layout.positions`: ([B, P, D], present bool [B, P])."""
         B, T = batch["user_present"].shape
         streams = (
-            self.embed_user_audio(batch["user_dmel"]),
+            self.embed_user_audio(batch["user_dmel"], mesh),
             self.embed_user_text(batch["user_text"]),
             self.embed_model_text(batch["model_text"]),
-            self.embed_model_audio(batch["model_mel"], notes_of(batch)),
+            self.embed_model_audio(batch["model_mel"], notes_of(batch), mesh),
         )
         present = (
             jnp.repeat(batch["user_present"][..., None], self.layout.user_audio, axis=2),
@@ -132,7 +135,7 @@ class InteractionModel(nnx.Module):
     def __call__(self, batch: Batch, mesh: Mesh | None = None) -> Outputs:
         """The training forward; `batch` as the loader makes it (tmljax/stream/weave.py)."""
         turns = batch["user_present"].shape[1]
-        x_BPD, present_BP = self.weave(spread(batch, mesh))
+        x_BPD, present_BP = self.weave(spread(batch, mesh), mesh)
         place_P2 = self.layout.positions(turns)
         turn_P, slot_P = place_P2.T
         counts_BP = (present_BP | (slot_P == self.layout.inputs - 1)[None]) & batch["valid"][:, turn_P]

@@ -102,6 +102,8 @@ class Program:
 
     def collectives(self) -> Iterator[Collective]:
         for name, times in self.times.items():
+            if self.goes_on(name):
+                continue
             scatters = name.startswith(("all-reduce-scatter", "wrapped_reduce_scatter"))
             for instruction in self.computations[name]:
                 operation = instruction.kind.removesuffix("-start")
@@ -139,8 +141,14 @@ class Program:
                     beside |= set(i.called)
         return beside
 
+    def goes_on(self, computation: str) -> bool:
+        """Whether its collective was begun by an earlier instruction: an asynchronous one is there at its start, beside
+        each product that it goes on under, and at its end."""
+        root = next((i for i in self.computations[computation] if i.root), None)
+        return computation.startswith(STEP) or (root is not None and "AsyncCollectiveDone" in root.rest)
+
     def is_hidden(self, computation: str) -> bool:
-        return computation in self._asynchronous or "async_collective" in computation
+        return computation in self._asynchronous or STEP in computation
 
     def traffic_bytes(self) -> float:
         """Read from and written to HBM: operands and results of what runs, a slice for its own size."""
@@ -163,16 +171,36 @@ class Program:
             return 2 * writes
         if instruction.kind == "dynamic-update-slice":
             return 2 * reads[1]
-        if instruction.kind == "fusion" and body is not None:
+        if body is not None and any(self.goes_on(c) for c in instruction.called):
+            reads, writes = self._beside(instruction, body, reads)
+        elif instruction.kind == "fusion" and body is not None:
             reads = [min(read, sliced(body, index)) for index, read in enumerate(reads)]
             writes = min(writes, updated(body))
         return sum(reads) + writes
+
+    def _beside(
+        self, instruction: Instruction, body: Sequence[Instruction], reads: list[float]
+    ) -> tuple[list[float], float]:
+        """Of a product with a collective under it: what the collective holds counts where it starts."""
+        root = next(i for i in body if i.root)
+        if root.kind != "tuple":  # its end
+            return [], 0.0
+        passed = {i.name for i in body if i.kind in COLLECTIVES or i.kind == "parameter"}
+        holds = {root.name, *(i.name for i in body if i.kind in COLLECTIVES)}
+        free = {
+            int(i.rest.partition(")")[0])
+            for i in body
+            if i.kind == "parameter" and {user.name for user in body if i.name in user.operands} <= holds
+        }
+        made = [array for name, array in zip(root.operands, instruction.results) if name not in passed]
+        return [r for n, r in enumerate(reads) if n not in free], sum(a.bytes for a in made if not a.space)
 
     @cached_property
     def _shapes(self) -> dict[str, dict[str, tuple[Array, ...]]]:
         return {name: {i.name: i.results for i in body} for name, body in self.computations.items()}
 
 
+STEP = "async_collective_fusion"
 LOOPS = ("while", "call", "conditional")
 SLICES = ("dynamic-slice", "slice", "gather")
 
@@ -207,7 +235,7 @@ def read(text: str) -> Program:
         if header:
             body = computations.setdefault(header[2], [])
             entry = header[2] if header[1] else entry
-        elif line.startswith("}"):
+        elif line == "}" or line.startswith("}, execution_thread"):  # a kernel's attributes may have lines of their own
             body = None
         elif body is not None and (found := INSTRUCTION.match(line)):
             body.append(parse(found[2], found[3], bool(found[1])))

@@ -22,7 +22,7 @@ ROUTED = ("gate", "up", "down")
 def part_of(path: list[str]) -> str:
     """The name under which a report adds up the parameter at this path."""
     if path[0] != "trunk":
-        tables = dict.fromkeys(("tokens", "slots", "senses"), "token table")
+        tables = dict.fromkeys(("tokens", "slots", "senses", "sense_scales"), "token table")
         heads = tables | {"patches": "video input", "flow_head": "flow head"}
         return heads.get(path[0], "text heads" if path[0].endswith("_head") else "audio input")
     if path[-1] in ROUTED:

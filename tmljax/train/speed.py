@@ -64,7 +64,7 @@ def places(path: list[str], experiment: Experiment) -> float:
     """How often an example applies each number of the parameter at this path."""
     layout, model, length = Layout(experiment.stream), experiment.model, experiment.data.window
     group, name = path[0], path[-1]
-    if group in ("tokens", "slots", "senses") or name == "table":
+    if group in ("tokens", "slots", "senses", "sense_scales") or name == "table":
         return 0  # looked up
     if group == "trunk":
         routed = name in ("gate", "up", "down")
