@@ -20,7 +20,7 @@ ORDERS = (
 )
 SEE = 0.4  # seconds in which the model notices
 LATE = 2.0  # seconds after it appears in which its answer may begin
-AGAIN = 8.6  # seconds after which it does not appear once more, so that most sessions fit a training window of 12 s
+AGAIN = 8.6  # seconds; when the first answer ends later it does not come again, so that most sessions fit 12 s
 
 
 def compose(stage: Stage) -> Score:

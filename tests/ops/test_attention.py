@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tmljax.ops import splash
 from tmljax.ops.attention import attend, attend_in_blocks, attend_one_by_one, forgetful, query_blocks, see
 from tmljax.ops.project import FEW, project
 from tmljax.ops.splash import BLOCK, count_worked, make_mask, through_splash
@@ -91,10 +92,12 @@ def test_the_backward_pass_by_hand_equals_the_derived_one(kv_heads, pattern, dty
             np.testing.assert_allclose(a, b, rtol=error, atol=error * max(1, float(jnp.abs(b).max())))
 
 
-@pytest.mark.parametrize(("window", "past"), [(2, 0), (5, 0), (50, 0), (4, 8)])
-def test_splash_equals_the_whole(window, past):
-    """The kernel for TPUs, interpreted: absent streams, sinks, and keys of earlier members before the own ones."""
-    q, k, v, sink, turn_P, slot_P, time_BP, present_BP = example([4, 2, 2] * 3, window)
+@pytest.mark.parametrize(("window", "past", "turns"), [(2, 0, 9), (50, 0, 9), (4, 8, 9), (60, 0, 138)])
+def test_splash_equals_the_whole(window, past, turns, monkeypatch):
+    """The kernel for TPUs, interpreted: absent streams, sinks, keys of earlier members before the own ones; in the last
+    case three blocks of queries, and keys that the window hides in part or whole blocks."""
+    monkeypatch.setattr(splash, "BLOCK", 128)
+    q, k, v, sink, turn_P, slot_P, time_BP, present_BP = example([4, 2, 2] * (turns // 3), window)
     own = len(turn_P) - past
     sight = through_splash(interpret=True)(turn_P - turn_P[past], slot_P, own, window)
     whole = see(time_BP[:, past:], slot_P[past:], time_BP, slot_P, present_BP, window)

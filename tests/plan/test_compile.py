@@ -96,7 +96,8 @@ def test_experts_and_attention_of_both_passes_are_kernels(compiled):
 def test_the_forecast_takes_the_compilers_numbers(setting, compiled):
     forecast = by_compiler(setting, compiled)
     assert forecast.memory.total == pytest.approx(compiled.total, rel=0.01)
-    assert {forecast.sources[what] for what in ("memory", "memory traffic", "link traffic")} == {"compiler"}
+    assert {forecast.sources[what] for what in ("memory", "link traffic")} == {"compiler"}
+    assert forecast.sources["memory traffic"] == "compiler, and by formula what kernels read again"
     assert forecast.sources["flops"] == "formula"
     estimate = memory.estimate(setting)
     assert estimate.parameters + estimate.optimizer == pytest.approx(compiled.arguments, rel=0.25)

@@ -90,3 +90,22 @@ def test_money_and_days(setting):
 def test_a_mesh_that_does_not_make_up_the_slice_is_named(small):
     with pytest.raises(config.UserError, match=r"config\.mesh"):
         settle(dataclasses.replace(small, mesh=config.Mesh(data=3)), WHERE)
+
+
+def test_what_kernels_read_again(small, monkeypatch):
+    """Splash: for its one block of 128 queries one of 256 keys, values and masks, in four kernels.
+
+    Grouped, in tiles of 8 x 16 x 16: the weights of 4 experts for the 32 blocks of rows that are not an expert's first,
+    and rows for 3 more blocks of columns; in three products forward, three again, and six backward, of which three have
+    rows on both sides.
+    """
+    change_model = lambda **changes: dataclasses.replace(small, model=dataclasses.replace(small.model, **changes))  # noqa: E731
+    splash = work.kernel_traffic(settle(change_model(attention="splash"), WHERE))
+    assert splash == L * 4 * (16 // 4) * H * (256 * 2 * h * 4 + 128 * 256 * 4)
+    assert memory.score_bytes(settle(change_model(attention="splash"), WHERE), N) == 0
+
+    monkeypatch.setattr(work.experts, "TILE", (8, 16, 16))
+    rows = N * 2 * 2
+    product, gradient = (rows // 8 - 4) * D * W + rows * D * 3, rows * (D * 3 + W * 3)
+    grouped = work.kernel_traffic(settle(change(small, matmul="grouped"), WHERE))
+    assert grouped == L * 3 * (3 * product + gradient) * 4

@@ -20,11 +20,16 @@ def spoken_at_cue(item: Item, truth: Truth) -> bool:
 
 
 def words_at_cue(item: Item, truth: Truth) -> list[Word]:
+    return intervals.starting(item.performance.words, truth["window"][0], answered(item, truth))
+
+
+def answered(item: Item, truth: Truth) -> float:
+    """Until when what is said belongs to this cue: the end of its window, or of what began in that of a visual one."""
     begin, end = truth["window"]
     if truth["modality"] == "visual":
         last = intervals.at(intervals.spans(item.performance.words, MODEL_GAP), end)
         end = last[1] if last and last[0] >= begin - intervals.EPSILON else end
-    return intervals.starting(item.performance.words, begin, end)
+    return end
 
 
 def delay(item: Item, truth: Truth) -> float | None:
@@ -38,8 +43,8 @@ def delay(item: Item, truth: Truth) -> float | None:
 
 def premature(item: Item, truth: Truth) -> bool:
     """The content of this cue was said since the cue before it, outside every window."""
-    windows = [t["window"] for t in item.truths("cue")]
-    begin = max((b for _, b in windows if b <= truth["window"][0]), default=0.0)
+    earlier = [t for t in item.truths("cue") if t["window"][0] < truth["window"][0]]
+    begin = max((answered(item, t) for t in earlier), default=0.0)
     words = [w for w in item.performance.words if begin < w.start < truth["window"][0] - intervals.EPSILON]
     return contains((w.text for w in words), truth["content"])
 

@@ -3,6 +3,8 @@
 Which positions come before a query in its window is known when the program is written, and goes into the kernel's
 static mask; which of them are present is not, and goes into its segment ids. There a query could not see itself where
 its stream is absent, as `attention.see` wants it. So its own key stands a second time behind all others, for it alone.
+In bfloat16 it differs from `attend` in two places: queries are scaled before they are rounded, and the kernel adds up
+the sinks' gradient in bfloat16.
 
 Legend: B batch, P query positions, Q key positions, H heads, K kv heads, h head dim, R padded keys, twice.
 """
@@ -51,7 +53,9 @@ def plan_kernel(turn_Q: np.ndarray, slot_Q: np.ndarray, own: int, window: int, i
 def make_mask(turn_Q: np.ndarray, slot_Q: np.ndarray, own: int, window: int) -> np.ndarray:
     """bool [P, R], lengths padded: the keys before each query, and behind them each query's own."""
     past = len(turn_Q) - own
-    queries, keys = (-(-n // LANES) * LANES for n in (own, len(turn_Q)))
+    queries, keys = (
+        -(-n // unit) * unit for n, unit in ((n, LANES if n <= BLOCK else BLOCK) for n in (own, len(turn_Q)))
+    )
     mask_PR = np.zeros((queries, keys + queries), bool)
     everybody_1Q = np.ones((1, len(turn_Q)), bool)
     sight_PQ = see(turn_Q[None, past:], slot_Q[past:], turn_Q[None], slot_Q, everybody_1Q, window)[0]

@@ -21,7 +21,7 @@ from tmljax.plan.parts import add, count_parts
 from tmljax.plan.roofline import Terms, Traffic, Work, terms
 from tmljax.plan.setting import Setting
 
-COMPILER, FORMULA = "compiler", "formula"
+COMPILER, FORMULA, BOTH = "compiler", "formula", "compiler, and by formula what kernels read again"
 DISK = 1e9  # bytes/s that a host writes to its checkpoint storage; an assumption
 HOST = 4  # chips that share a host
 
@@ -114,7 +114,8 @@ def by_compiler(setting: Setting, compiled: Compiled, **asked: float | None) -> 
     ] + [f"{name} is not split over all devices" for name in replicated(setting)]
     memory_traffic = compiled.program.traffic_bytes() + by_work.kernel_traffic(setting)
     work = Work(forecast.work.flops, memory_traffic, gather_traffic(compiled, setting))
-    sources |= {"memory traffic": COMPILER, "link traffic": COMPILER}
+    kernels = by_work.kernel_traffic(setting) > 0
+    sources |= {"memory traffic": BOTH if kernels else COMPILER, "link traffic": COMPILER}
     return replace(forecast, work=work, sources=sources, complaints=complaints)
 
 

@@ -183,7 +183,7 @@ class Program:
     ) -> tuple[list[float], float]:
         """Of a product with a collective under it: what the collective holds counts where it starts."""
         root = next(i for i in body if i.root)
-        if root.kind != "tuple":  # its end
+        if "AsyncCollectiveDone" in root.rest:
             return [], 0.0
         passed = {i.name for i in body if i.kind in COLLECTIVES or i.kind == "parameter"}
         holds = {root.name, *(i.name for i in body if i.kind in COLLECTIVES)}
@@ -193,7 +193,8 @@ class Program:
             if i.kind == "parameter" and {user.name for user in body if i.name in user.operands} <= holds
         }
         made = [array for name, array in zip(root.operands, instruction.results) if name not in passed]
-        return [r for n, r in enumerate(reads) if n not in free], sum(a.bytes for a in made if not a.space)
+        kept = [min(read, sliced(body, n)) for n, read in enumerate(reads) if n not in free]
+        return kept, sum(a.bytes for a in made if not a.space)
 
     @cached_property
     def _shapes(self) -> dict[str, dict[str, tuple[Array, ...]]]:

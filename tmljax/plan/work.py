@@ -78,20 +78,45 @@ def attended(setting: Setting) -> float:
 
 def kernel_traffic(setting: Setting) -> float:
     """Bytes that kernels read more than once in a step, block by block; a compiler counts a kernel's operands once."""
-    model, again = setting.experiment.model, 0.0
-    if model.attention == "splash":  # keys and values for each block of queries
-        again += attended(setting) / splash.BLOCK * 2 * model.head_dim
+    model, accumulate = setting.experiment.model, setting.experiment.optimizer.accumulate
+    forward, layer = PASSES[model.remat] - 1, 0.0
+    if model.attention == "splash":  # its backward pass is two kernels
+        layer += (forward + 2) * splash_reads(setting)
     if model.moe.matmul == "grouped":
         D, W = model.d_model, model.moe.expert_width / setting.axes["tensor"]
-        again += 2 * read_again(rows(setting), D, W) + read_again(rows(setting), W, D)
-    passes = PASSES[model.remat] + 1  # a backward pass has two products to each of the forward's
-    return setting.experiment.optimizer.accumulate * model.layers * passes * again * setting.width
+        for depth, columns in ((D, W), (D, W), (W, D)):
+            layer += forward * rows_again(setting, depth, columns) + rows_again(setting, columns, depth)
+            layer += gradient_again(setting, depth, columns)
+    return accumulate * model.layers * layer
 
 
-def read_again(rows: float, depth: float, columns: float) -> float:
-    """Numbers that a grouped product reads more than once: weights for each block of rows, rows for each of columns."""
+def splash_reads(setting: Setting) -> float:
+    """Bytes of keys, values and masks: for each block of queries those of the blocks it works on, of which two are
+    seen in part, at the window's edges, and come with a mask of int32."""
+    model, turns = setting.experiment.model, setting.experiment.data.window
+    turn_P, slot_P = setting.layout.positions(turns).T
+    mask_PR = splash.make_mask(turn_P, slot_P, len(turn_P), model.window)
+    (query, key), worked = splash.block_sizes(mask_PR), splash.count_worked(mask_PR)
+    keys = worked / query * 2 * model.head_dim * setting.width
+    masks = min(worked, 2 * len(mask_PR) * key) * 4
+    return setting.examples * model.heads / setting.axes["tensor"] / setting.axes["context"] * (keys + masks)
+
+
+def rows_again(setting: Setting, depth: float, columns: float) -> float:
+    """Bytes that a grouped product of rows [R, depth] reads again: an expert's weights for each of its blocks of rows
+    but the first, rows for each block of columns but the first."""
     tile_rows, _, tile_columns = experts.TILE
-    return rows / tile_rows * depth * columns + rows * depth * (math.ceil(columns / tile_columns) - 1)
+    experts_here = setting.experiment.model.moe.experts / setting.axes["expert"]
+    blocks = max(rows(setting) / tile_rows - experts_here, 0.0)
+    again = blocks * depth * columns + rows(setting) * depth * (math.ceil(columns / tile_columns) - 1)
+    return again * setting.width
+
+
+def gradient_again(setting: Setting, depth: float, columns: float) -> float:
+    """The same of the product that gives the weights' gradient: both sides for each block of the other's columns."""
+    _, tile_depth, tile_columns = experts.TILE
+    left = depth * (math.ceil(columns / tile_columns) - 1)
+    return rows(setting) * (left + columns * (math.ceil(depth / tile_depth) - 1)) * setting.width
 
 
 def exchange(setting: Setting, times: float) -> list[Traffic]:
