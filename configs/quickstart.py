@@ -1,6 +1,7 @@
-"""The model of `make quickstart`: takes turns, waits in pauses, stops when interrupted; one answer in four is right.
+"""The model of `make quickstart`: takes turns, waits in pauses, stops when interrupted; every other answer is right.
 
-Reached in 10 minutes on two CPU cores: takes 89 % of turns at 0.36 s, takes over in 14 % of pauses, content 27 %.
+Reached in 900 steps, ten minutes on two CPU cores that do nothing else: takes 89 % of turns at 0.36 s, takes over in
+21 % of pauses, answers 4 % of what wants no answer, content 55 %, verbal and visual cue 39 %.
 
 python -m launch.train --config=configs/quickstart.py --workdir=runs/quickstart
 """
