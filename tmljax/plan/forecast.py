@@ -112,10 +112,9 @@ def by_compiler(setting: Setting, compiled: Compiled, **asked: float | None) -> 
         f"{c.operation} of {c.shape} outside the scan over layers"
         for c in gathered_layers(compiled.program, setting.experiment.model.layers)
     ] + [f"{name} is not split over all devices" for name in replicated(setting)]
-    memory_traffic = compiled.program.traffic_bytes() + by_work.kernel_traffic(setting)
-    work = Work(forecast.work.flops, memory_traffic, gather_traffic(compiled, setting))
-    kernels = by_work.kernel_traffic(setting) > 0
-    sources |= {"memory traffic": BOTH if kernels else COMPILER, "link traffic": COMPILER}
+    again = by_work.kernel_traffic(setting)
+    work = Work(forecast.work.flops, compiled.program.traffic_bytes() + again, gather_traffic(compiled, setting))
+    sources |= {"memory traffic": BOTH if again else COMPILER, "link traffic": COMPILER}
     return replace(forecast, work=work, sources=sources, complaints=complaints)
 
 

@@ -5,12 +5,15 @@ Legend: N positions of a device, R rows of its experts, D d_model, W expert widt
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import NamedTuple
 
 from tmljax.ops import experts, splash
 from tmljax.plan.memory import layer_weights, rows
 from tmljax.plan.roofline import Traffic, Work
 from tmljax.plan.setting import Setting, shard_bytes
+from tmljax.stream.microturn import Layout
 from tmljax.train.speed import attention_flops, step_flops
 
 PASSES = {"none": 2, "dots": 3, "full": 3}  # of a layer's weights: forward, again, backward
@@ -49,10 +52,30 @@ def attention_again(setting: Setting) -> float:
     product = experiment.data.batch * attention_flops(experiment) / 6
     if model.attention == "blocks":
         return 0.0 if model.remat == "none" else 4 * product
-    turn_P, slot_P = setting.layout.positions(experiment.data.window).T
-    mask_PR = splash.make_mask(turn_P, slot_P, len(turn_P), model.window)
-    seen = attention_flops(experiment) / (12 * model.layers * model.heads * model.head_dim)
-    return product * (splash.count_worked(mask_PR) / seen * (2 * (PASSES[model.remat] - 1) + 7) - 6)
+    worked = tile_pairs(setting.layout, experiment.data.window, model.window).worked
+    return product * (worked / seen_pairs(setting) * (2 * (PASSES[model.remat] - 1) + 7) - 6)
+
+
+class Tiles(NamedTuple):
+    """Blocks of pairs of an example and a head in splash attention."""
+
+    queries: int  # of the example, padded
+    query: int  # of a block
+    key: int
+    worked: int  # pairs in the blocks that are not left out
+
+
+@functools.cache  # a search asks for each of its meshes
+def tile_pairs(layout: Layout, turns: int, window: int) -> Tiles:
+    turn_P, slot_P = layout.positions(turns).T
+    mask_PR = splash.make_mask(turn_P, slot_P, len(turn_P), window)
+    return Tiles(len(mask_PR), *splash.block_sizes(mask_PR), splash.count_worked(mask_PR))
+
+
+def seen_pairs(setting: Setting) -> float:
+    """Pairs of a query and a key it sees, of an example and a head."""
+    model = setting.experiment.model
+    return attention_flops(setting.experiment) / (12 * model.layers * model.heads * model.head_dim)
 
 
 def memory_traffic(setting: Setting, accumulate: int) -> float:
@@ -70,10 +93,13 @@ def memory_traffic(setting: Setting, accumulate: int) -> float:
 
 
 def attended(setting: Setting) -> float:
-    """Pairs of a query and a key it sees, of a layer's heads on a device."""
-    model = setting.experiment.model
-    pairs = attention_flops(setting.experiment) / (12 * model.layers * model.heads * model.head_dim)
-    return setting.examples * pairs / setting.axes["context"] * model.heads / setting.axes["tensor"]
+    """The same of a layer on a device."""
+    return seen_pairs(setting) * heads_here(setting)
+
+
+def heads_here(setting: Setting) -> float:
+    """Heads of examples that a device attends with."""
+    return setting.examples / setting.axes["context"] * setting.experiment.model.heads / setting.axes["tensor"]
 
 
 def kernel_traffic(setting: Setting) -> float:
@@ -94,12 +120,10 @@ def splash_reads(setting: Setting) -> float:
     """Bytes of keys, values and masks: for each block of queries those of the blocks it works on, of which two are
     seen in part, at the window's edges, and come with a mask of int32."""
     model, turns = setting.experiment.model, setting.experiment.data.window
-    turn_P, slot_P = setting.layout.positions(turns).T
-    mask_PR = splash.make_mask(turn_P, slot_P, len(turn_P), model.window)
-    (query, key), worked = splash.block_sizes(mask_PR), splash.count_worked(mask_PR)
-    keys = worked / query * 2 * model.head_dim * setting.width
-    masks = min(worked, 2 * len(mask_PR) * key) * 4
-    return setting.examples * model.heads / setting.axes["tensor"] / setting.axes["context"] * (keys + masks)
+    tiles = tile_pairs(setting.layout, turns, model.window)
+    keys = tiles.worked / tiles.query * 2 * model.head_dim * setting.width
+    masks = min(tiles.worked, 2 * tiles.queries * tiles.key) * 4
+    return heads_here(setting) * (keys + masks)
 
 
 def rows_again(setting: Setting, depth: float, columns: float) -> float:
