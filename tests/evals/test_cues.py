@@ -35,3 +35,12 @@ def test_delay_and_luck():
     assert found["verbal_cue"] == [1.0, 0.0]
     assert [v if v is None else round(v, 3) for v in found["verbal_cue_delay"]] == [0.4, None]
     assert found["verbal_cue_premature"] == [1.0, 0.0]
+
+
+def test_a_late_answer_is_no_early_one_to_the_next_cue():
+    """What began in the window of the first cue may end after it; what begins between the two is a guess."""
+    windows = [4.0, 6.0], [9.0, 11.0]
+    made = session(*(cue("visual", w, "red circle") for w in windows), family="visual_cue")
+    early = lambda words: values(cues.measure([item(made, words)]))["visual_cue_premature"]  # noqa: E731
+    assert early(say("the red circle came", 5.9)) == [0.0, 0.0]
+    assert early(say("the red circle came", 6.4)) == [0.0, 1.0]
