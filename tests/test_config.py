@@ -17,7 +17,7 @@ from tmljax.config import (
     validate,
 )
 
-LEAVES = 77  # an avalanche of options begins with one more; style: fork a config, do not add a switch
+LEAVES = 75  # an avalanche of options begins with one more; style: fork a config, do not add a switch
 
 
 def edited(**fields) -> ml_collections.ConfigDict:

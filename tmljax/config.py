@@ -78,7 +78,6 @@ class Model:
     kv_heads: int = 2
     head_dim: int = 64
     window: int = 64  # micro-turns that attention looks back, this one included
-    mishearing: float = 0.15  # share of micro-turns in which training reads another example's note, mostly none
     attention: Literal["blocks", "splash"] = "blocks"  # in training; splash: TPUs
     moe: Moe = field(default_factory=Moe)
     flow: Flow = field(default_factory=Flow)
@@ -124,8 +123,7 @@ class Loss:
     idle: float = 0.5  # of a silent model_text target against a word's
     hold: float = 0.5  # of a "still speaking" target
     flow: float = 0.5
-    heard: float = 1.0  # notes: the user's words
-    seen: float = 1.0  # notes: what a frame shows
+    notes: float = 1.0  # of the user's words, and of what a frame shows
 
 
 @dataclass(frozen=True)
@@ -257,7 +255,6 @@ LIMITS: dict[str, tuple[float | None, float | None]] = {
     "model.moe.block_rows": (1, None),
     "model.moe.balance_rate": (0, None),
     "model.moe.z_loss": (0, None),
-    "model.mishearing": (0, 1),
     "model.flow.width": (1, None),
     "model.flow.depth": (1, None),
     "model.flow.draws": (1, None),
@@ -282,8 +279,7 @@ LIMITS: dict[str, tuple[float | None, float | None]] = {
     "loss.idle": (0, None),
     "loss.hold": (0, None),
     "loss.flow": (0, None),
-    "loss.heard": (0, None),
-    "loss.seen": (0, None),
+    "loss.notes": (0, None),
     "train.steps": (1, None),
     "train.seed": (0, 2**32 - 1),
     "train.log_every": (1, None),

@@ -12,6 +12,7 @@ from tmljax import config
 from tmljax.model.interaction import Definition
 from tmljax.sharding import AXES, batch_sharding, make_mesh, param_shardings
 from tmljax.stream.microturn import ABSENT
+from tmljax.train import objective as objectives
 from tmljax.train.objective import objective
 
 STREAM = config.Stream(video_every=2, vocab_size=320)
@@ -163,13 +164,14 @@ def test_padding_and_unseen_positions_have_no_say_in_the_load(params, batch, alo
     assert there[2].dropped == 0
 
 
-def test_a_session_half_as_long_gives_the_load_of_its_half(params, batch):
+def test_a_session_half_as_long_gives_the_load_of_its_half(params, batch, monkeypatch):
     """The load of a batch whose second half is padding is that of the first half alone."""
     half = {n: a[:, : a.shape[1] // 2] if a.ndim > 1 else a for n, a in batch.items()} | {
         "valid": np.ones((B, T // 2), bool)
     }
     whole = batch | {"valid": np.arange(T)[None] < np.full((B, 1), T // 2)}
     # drawn noise depends on the length
-    clear = replace(MODEL, mishearing=0.0, flow=replace(MODEL.flow, feedback_noise=0.0))
+    monkeypatch.setattr(objectives, "MISHEARD", 0.0)
+    clear = replace(MODEL, flow=replace(MODEL.flow, feedback_noise=0.0))
     loads = [run(params, b, model=clear)[2].load_LE for b in (half, whole)]
     np.testing.assert_allclose(loads[1], loads[0], rtol=1e-6)

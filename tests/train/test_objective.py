@@ -46,13 +46,14 @@ def test_each_example_keeps_its_variance_and_loses_a_share_of_itself(mel_BTFM, m
 @pytest.fixture
 def lose(monkeypatch):
     """Metrics of one batch with this much noise; "loss/flow" is the mean of the mel that the flow head is to learn."""
+    monkeypatch.setattr(objective, "MISHEARD", 0.0)
     monkeypatch.setattr(objective, "flow_loss", lambda model, condition, mel, speaks, key: jnp.mean(mel))
     params, batch = DEFINITION.init(jax.random.key(1)), random_batch(2)
     batch["model_mel"] = dmel.dequantise(dmel.quantise(batch["model_mel"]))  # no value on the border of two bins
 
     def metrics(noise: float, key: jax.Array | None) -> dict[str, float]:
         flow = replace(DEFINITION.model.flow, feedback_noise=noise)
-        model = replace(DEFINITION.model, flow=flow, mishearing=0.0)
+        model = replace(DEFINITION.model, flow=flow)
         definition = replace(DEFINITION, model=model)
         run = jax.jit(lambda p: objective.objective(definition, p, batch, key, config.Loss())[1][0])
         return {name: float(value) for name, value in run(params).items()}
@@ -79,12 +80,13 @@ def test_so_many_words_are_misheard_as_what_another_example_hears():
     np.testing.assert_array_equal(mishear(unknown_BT, 1.0, jax.random.key(1)), unknown_BT)
 
 
-def test_what_is_misheard_is_no_target():
+def test_what_is_misheard_is_no_target(monkeypatch):
     """The notes to learn are the true ones, whatever was read back before them: with all of it wrong, the loss is that
     of the true words given those of the other example."""
     params, batch = DEFINITION.init(jax.random.key(1)), random_batch(2)
     batch["model_mel"] = dmel.dequantise(dmel.quantise(batch["model_mel"]))
-    model = replace(DEFINITION.model, mishearing=1.0, flow=replace(DEFINITION.model.flow, feedback_noise=0.0))
+    monkeypatch.setattr(objective, "MISHEARD", 1.0)
+    model = replace(DEFINITION.model, flow=replace(DEFINITION.model.flow, feedback_noise=0.0))
     _, (metrics, _) = objective.objective(
         replace(DEFINITION, model=model), params, batch, jax.random.key(3), config.Loss()
     )

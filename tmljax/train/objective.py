@@ -18,6 +18,8 @@ from tmljax.ops.flow import denormalise, matching_loss, normalise
 from tmljax.ops.losses import cross_entropy, weighted_mean
 from tmljax.stream.microturn import ABSENT, HOLD, IDLE
 
+MISHEARD = 0.15  # share of micro-turns in which training reads another example's note, mostly none
+
 
 class Routing(NamedTuple):
     """For the balance update, which no gradient drives."""
@@ -47,7 +49,7 @@ def objective(
     if key is not None:
         fed_back = {
             "model_mel": blur(batch["model_mel"], speaks_BT, definition.model.flow.feedback_noise, k_feedback),
-            "heard": mishear(batch["heard"], definition.model.mishearing, k_words),
+            "heard": mishear(batch["heard"], MISHEARD, k_words),
         }
     out = model(batch | fed_back, mesh)
     valid_BT = batch["valid"].astype(jnp.float32)
@@ -70,7 +72,7 @@ def objective(
     flow = flow_loss(model, out.condition_BTSD, batch["model_mel"], speaks_BT * valid_BT, k_flow)
 
     router_z = jnp.sum(out.moe.z_loss)
-    total = text + weights.flow * flow + weights.heard * heard + weights.seen * seen
+    total = text + weights.flow * flow + weights.notes * (heard + seen)
     total += definition.model.moe.z_loss * router_z
     metrics = {
         "loss/total": total,
