@@ -22,17 +22,17 @@ from data_pipelines.score import Score
 
 # family -> (how to compose one, its weight in the default mixture)
 FAMILIES: dict[str, tuple[Callable[[Stage], Score], float]] = {
-    "turn_taking": (turn_taking.compose, 0.17),
-    "pause": (pause.compose, 0.09),
-    "self_correction": (self_correction.compose, 0.07),
-    "interruption": (interruption.compose, 0.09),
-    "user_backchannel": (user_backchannel.compose, 0.06),
-    "model_backchannel": (model_backchannel.compose, 0.05),
-    "verbal_cue": (verbal_cue.compose, 0.14),
+    "turn_taking": (turn_taking.compose, 0.16),
+    "pause": (pause.compose, 0.10),
+    "self_correction": (self_correction.compose, 0.06),
+    "interruption": (interruption.compose, 0.08),
+    "user_backchannel": (user_backchannel.compose, 0.05),
+    "model_backchannel": (model_backchannel.compose, 0.04),
+    "verbal_cue": (verbal_cue.compose, 0.16),
     "no_answer": (no_answer.compose, 0.13),
-    "visual_cue": (visual_cue.compose, 0.10),
+    "visual_cue": (visual_cue.compose, 0.13),
     "visual_question": (visual_question.compose, 0.05),
-    "typed_text": (typed_text.compose, 0.05),
+    "typed_text": (typed_text.compose, 0.04),
 }
 
 # What a session lasts on average (seconds); turns hours of training data into a number of sessions.

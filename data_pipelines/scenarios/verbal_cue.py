@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from data_pipelines.scenarios.language import WORDS, choose, draw_filled
-from data_pipelines.scenarios.stage import GAP, Stage
+from data_pipelines.scenarios.stage import Stage
 from data_pipelines.score import Score, boundary
 
 ORDERS = (
@@ -15,6 +15,7 @@ ORDERS = (
     "when i say {x} please say {y}",
 )
 LEADS = ("i have the", "i see the", "there is the", "i can see the", "i want the", "here is the")
+HEAR = 0.4  # seconds after the cue in which the model notices
 LATE = 1.2  # seconds after the cue in which the answer counts
 
 
@@ -23,14 +24,14 @@ def compose(stage: Stage) -> Score:
     said, values = draw_filled(rng, stage.split, ORDERS, x=WORDS, y=WORDS)
     cue, wanted = values["x"], values["y"]
     stage.turn(said)
-    stage.reply("okay i will do that", ())
+    stage.reply(f"okay {cue} then {wanted}", ())
     stage.rest(0.4, 0.9)
     items = [str(w) for w in rng.permutation(WORDS) if w not in (cue, wanted)][: int(rng.integers(6, 8))]
     kind = rng.random()
-    if kind < 0.45:  # twice, far enough apart to be answered twice
+    if kind < 0.55:  # twice, far enough apart to be answered twice
         items.insert(int(rng.integers(4, len(items))), cue)
         items.insert(int(rng.integers(1, 3)), cue)
-    elif kind < 0.85:
+    elif kind < 0.9:
         items.insert(int(rng.integers(1, len(items) - 2)), cue)
     listed = stage.turn(f"{choose(rng, LEADS)} " + " and ".join(items))
     quiet = listed.start  # since when nothing has been due
@@ -38,7 +39,7 @@ def compose(stage: Stage) -> Score:
         stage.expect_silence(quiet, end)
         expected = {"kind": "cue", "modality": "verbal", "window": [round(end, 3), round(end + LATE, 3)]}
         stage.truth.append({**expected, "content": [wanted]})
-        answer = stage.model(wanted, boundary(end + GAP))
+        answer = stage.model(wanted, boundary(end + HEAR))
         quiet = max(end + LATE, answer.end) + 0.1
     if quiet < listed.end or quiet == listed.start:
         stage.expect_silence(quiet, listed.end + (0.5 if quiet == listed.start else 0))

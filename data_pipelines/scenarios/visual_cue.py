@@ -18,7 +18,7 @@ ORDERS = (
     "look for the {c} {s}",
     "i want to know when the {c} {s} comes",
 )
-SEE = 0.4  # seconds in which the model notices
+SEE = 0.6  # seconds in which the model notices
 LATE = 2.0  # seconds after it appears in which its answer may begin
 AGAIN = 8.6  # seconds; when the first answer ends later it does not come again, so that most sessions fit 12 s
 
@@ -28,7 +28,7 @@ def compose(stage: Stage) -> Score:
     order, values = draw_filled(rng, stage.split, ORDERS, c=tuple(COLOURS), s=SHAPES)
     colour, shape = values["c"], values["s"]
     stage.turn(order)
-    stage.reply("okay i will watch", ())
+    stage.reply(f"looking for the {colour} {shape}", ())
     period = MICROTURN_SECONDS * stage.stream.video_every
     quiet = stage.clock + 0.3  # since when nothing has been due
     stage.close(quiet)
@@ -38,9 +38,10 @@ def compose(stage: Stage) -> Score:
         first = int((stage.clock + rng.uniform(0.4, longest)) / period) + 1  # the frame in which the target appears
         appears = first * period
         stage.expect_silence(quiet, appears)
-        spoken = stage.model(f"the {colour} {shape} came", boundary(appears + SEE))
+        content = [colour, shape, "came"]  # the last word tells it from what was said to the order
+        spoken = stage.model("the " + " ".join(content), boundary(appears + SEE))
         window = [round(appears, 3), round(appears + LATE, 3)]
-        stage.truth.append({"kind": "cue", "modality": "visual", "window": window, "content": [colour, shape]})
+        stage.truth.append({"kind": "cue", "modality": "visual", "window": window, "content": content})
         things += _distractors(stage, colour, shape, first - len(things))
         things += [draw_thing(rng, colour, shape)] * int(rng.integers(2, 5))
         stage.clock, quiet = max(spoken.end, len(things) * period), max(appears + LATE, spoken.end) + 0.1

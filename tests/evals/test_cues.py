@@ -44,3 +44,11 @@ def test_a_late_answer_is_no_early_one_to_the_next_cue():
     early = lambda words: values(cues.measure([item(made, words)]))["visual_cue_premature"]  # noqa: E731
     assert early(say("the red circle came", 5.9)) == [0.0, 0.0]
     assert early(say("the red circle came", 6.4)) == [0.0, 1.0]
+
+
+def test_what_is_said_in_reply_to_the_order_is_no_early_answer():
+    reply = {"kind": "reply", "after": 1.0, "window": [1.0, 3.0], "content": []}
+    made = session(reply, cue("verbal", [4.0, 5.2], "green"), family="verbal_cue")
+    early = lambda words: values(cues.measure([item(made, words)]))["verbal_cue_premature"]  # noqa: E731
+    assert early(say("okay tiger then green", 1.4)) == [0.0]
+    assert early(say("green", 3.4)) == [1.0]

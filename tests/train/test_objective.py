@@ -12,7 +12,7 @@ from tmljax import config
 from tmljax.ops.flow import normalise
 from tmljax.ops.losses import cross_entropy, weighted_mean
 from tmljax.stream import dmel
-from tmljax.stream.microturn import ABSENT, IDLE
+from tmljax.stream.microturn import ABSENT, HOLD, IDLE
 from tmljax.train import objective
 from tmljax.train.objective import blur, mishear, recall
 
@@ -94,6 +94,21 @@ def test_what_is_misheard_is_no_target(monkeypatch):
     weight_BT = np.where(batch["heard"] == IDLE, config.Loss().idle, 1.0) * batch["user_present"]
     expected = weighted_mean(cross_entropy(out.heard_BTV, batch["heard"]), weight_BT)
     assert metrics["loss/heard"] == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("weights", [config.Loss(), config.Loss(idle=0.1, hold=3.0)])
+def test_the_head_learns_the_true_odds_whatever_silence_weighs(weights):
+    """With the same logits everywhere, the loss is least where their softmax is how often each token is due."""
+    often_V = {IDLE: 12, HOLD: 5, 3: 2, 4: 1}
+    target_BTS = np.repeat(list(often_V), list(often_V.values())).reshape(2, 10, 1)
+    log_odds_V = jnp.log(jnp.array([often_V.get(v, 1e-3) for v in range(5)]))
+
+    def loss(logit_V):
+        logit_BTSV = jnp.broadcast_to(logit_V[None, None, None], (*target_BTS.shape, 5))
+        return objective.text_loss(logit_BTSV, target_BTS, jnp.ones((2, 10)), weights)
+
+    np.testing.assert_allclose(jax.grad(loss)(log_odds_V), 0, atol=1e-3)
+    assert jnp.abs(jax.grad(loss)(log_odds_V.at[IDLE].add(0.7))).max() > 0.05
 
 
 def test_only_frames_that_somebody_described_teach():

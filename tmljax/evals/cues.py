@@ -42,9 +42,10 @@ def delay(item: Item, truth: Truth) -> float | None:
 
 
 def premature(item: Item, truth: Truth) -> bool:
-    """The content of this cue was said since the cue before it, outside every window."""
-    earlier = [t for t in item.truths("cue") if t["window"][0] < truth["window"][0]]
-    begin = max((answered(item, t) for t in earlier), default=0.0)
+    """The content of this cue was said since the cue or the reply before it, outside every window."""
+    cues = [answered(item, t) for t in item.truths("cue") if t["window"][0] < truth["window"][0]]
+    replies = [t["window"][1] for t in item.truths("reply") if t["window"][0] < truth["window"][0]]
+    begin = max(cues + replies, default=0.0)
     words = [w for w in item.performance.words if begin < w.start < truth["window"][0] - intervals.EPSILON]
     return contains((w.text for w in words), truth["content"])
 

@@ -18,7 +18,7 @@ from tmljax.ops.flow import denormalise, matching_loss, normalise
 from tmljax.ops.losses import cross_entropy, weighted_mean
 from tmljax.stream.microturn import ABSENT, HOLD, IDLE
 
-MISHEARD = 0.15  # share of micro-turns in which training reads another example's note, mostly none
+MISHEARD = 0.1  # share of micro-turns in which training reads another example's note, mostly none
 
 
 class Routing(NamedTuple):
@@ -54,9 +54,7 @@ def objective(
     out = model(batch | fed_back, mesh)
     valid_BT = batch["valid"].astype(jnp.float32)
 
-    word_BTS = (target_BTS != IDLE) & (target_BTS != HOLD)
-    kind_BTS = jnp.where(word_BTS, 1.0, jnp.where(target_BTS == HOLD, weights.hold, weights.idle))
-    text = weighted_mean(cross_entropy(out.text_BTSV, target_BTS), kind_BTS * valid_BT[..., None])
+    text = text_loss(out.text_BTSV, target_BTS, valid_BT, weights)
 
     heard_BT = batch["heard"]  # ABSENT where nobody wrote down what the user said
     listens_BT = valid_BT * batch["user_present"] * (heard_BT != ABSENT)
@@ -74,6 +72,7 @@ def objective(
     router_z = jnp.sum(out.moe.z_loss)
     total = text + weights.flow * flow + weights.notes * (heard + seen)
     total += definition.model.moe.z_loss * router_z
+    word_BTS = (target_BTS != IDLE) & (target_BTS != HOLD)
     metrics = {
         "loss/total": total,
         "loss/text": text,
@@ -87,6 +86,15 @@ def objective(
         "seen/word_accuracy": recall(seen_BNSV, seen_BNS, (seen_BNS != IDLE) * looks_BNS),
     }
     return total, (metrics, Routing(out.moe.load_E, jnp.sum(out.moe.dropped)))
+
+
+def text_loss(logit_BTSV: jax.Array, target_BTS: jax.Array, valid_BT: jax.Array, weights: config.Loss) -> jax.Array:
+    """Cross-entropy, silence and "still speaking" weighing less than words. What weighs less is learnt as if rarer:
+    shifting the logits by as much leaves the head the true odds to serve from (logit adjustment, arXiv 2007.07314).
+    """
+    weight_V = jnp.ones(logit_BTSV.shape[-1]).at[IDLE].set(weights.idle).at[HOLD].set(weights.hold)
+    loss_BTS = cross_entropy(logit_BTSV + jnp.log(weight_V)[None, None, None], target_BTS)
+    return weighted_mean(loss_BTS, weight_V[target_BTS] * valid_BT[..., None])
 
 
 def blur(mel_BTFM: jax.Array, speaks_BT: jax.Array, most: float, key: jax.Array) -> jax.Array:
