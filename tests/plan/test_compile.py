@@ -81,6 +81,16 @@ def test_every_layer_gathers_its_own_weights_and_tokens(compiled, setting):
     assert {"fsdp", "expert"} <= scattered
 
 
+def test_weights_are_gathered_beneath_products(compiled, setting):
+    """Nothing waits for most of them; LOG.md says which options make it so."""
+    gathers = [
+        c
+        for c in compiled.program.collectives()
+        if c.operation == "all-gather" and c.times == LAYERS and "fsdp" in axis_of(c.members, setting.axes)
+    ]
+    assert sum(c.bytes for c in gathers if c.waits) < 0.5 * sum(c.bytes for c in gathers)
+
+
 def test_experts_and_attention_of_both_passes_are_kernels(compiled):
     """Three products forward, again, and two each backward, none of them spread over all experts by XLA; and of
     attention one forward, again, and two backward."""
