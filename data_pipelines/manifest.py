@@ -22,6 +22,7 @@ import json
 import math
 import os
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -242,7 +243,7 @@ def open_video(recording: Recording, stream: Stream) -> np.ndarray:
         frames = np.load(path, mmap_mode="r", allow_pickle=False)
         if isinstance(frames, np.lib.npyio.NpzFile):
             frames = frames[frames.files[0]]
-    except (OSError, ValueError, IndexError, zipfile.BadZipFile) as e:
+    except (OSError, EOFError, ValueError, IndexError, zipfile.BadZipFile, zlib.error) as e:
         raise UserError(f"{recording.where}: cannot read the video {path}: {_reason(e)}") from None
     wanted = (stream.video_height, stream.video_width, 3)
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1:] != wanted:

@@ -160,8 +160,9 @@ class Host:
                     continue
                 last = time.monotonic()
             text = line.strip("\r\n")
-            out.write(f"host {self.index} | {text}\n")
-            out.flush()
+            with contextlib.suppress(OSError):  # nobody reads it any more; the host must go on all the same
+                out.write(f"host {self.index} | {text}\n")
+                out.flush()
 
     def finish_output(self) -> None:
         for thread in self._threads:

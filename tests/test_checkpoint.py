@@ -87,7 +87,7 @@ def test_restored_on_another_mesh_the_loss_is_the_same(tmp_path):
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path):
-    losses = {1: 3.0, 2: 1.0, 3: None, 4: 5.0, 5: 2.0, 6: float("nan"), 7: None}
+    losses = {1: float("nan"), 2: 1.0, 3: None, 4: 5.0, 5: 2.0, 6: float("nan"), 7: None}
     save(tmp_path, *losses.items())
     assert checkpoint.steps(tmp_path) == [2, 6, 7]
     assert checkpoint.best_step(tmp_path) == 2
@@ -251,6 +251,7 @@ def test_config_json_is_the_exact_config_and_may_change_until_there_is_a_checkpo
             None,
         ),
         ({"mesh": {"fsdp": 2}, "data": {"root": "elsewhere", "workers": 3}}, None),
+        ({"model": {"attention": "splash", "remat": "dots", "moe": {"matmul": "grouped"}}}, None),
         ({"train": {"seed": 1}}, "config.train.seed was 0, now 1"),
         ({"data": {"name": "other"}}, "config.data.name was 'duplex', now 'other'"),
         ({"model": {"moe": {"experts": 16}}}, "config.model.moe.experts was 8, now 16"),

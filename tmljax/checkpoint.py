@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import gc
 import json
+import math
 import os
 import shutil
 import sys
@@ -42,7 +43,7 @@ BEST = "best"
 # numbers are computed (where none are dropped), and what is for serving alone.
 FREE = (
     *("train.steps", "train.log_every", "train.save_every", "train.keep", "train.eval_every", "train.eval_batches"),
-    *("data.root", "data.workers", "model.remat", "model.flow.steps", "model.flow.temperature"),
+    *("data.root", "data.workers", "model.remat", "model.attention", "model.flow.steps", "model.flow.temperature"),
     *("model.moe.exchange", "model.moe.matmul", "model.moe.block_rows", "model.moe.tick_matmul"),
 )
 FREE_GROUPS = ("mesh.", "sampling.")
@@ -236,9 +237,11 @@ def best_step(workdir: str | Path) -> int | None:
     losses = {}
     for step in steps(workdir):
         try:
-            losses[step] = json.loads((_step_folder(workdir, step) / "metrics" / "metrics").read_text())["loss"]
+            loss = json.loads((_step_folder(workdir, step) / "metrics" / "metrics").read_text())["loss"]
         except (OSError, ValueError, LookupError):
             continue
+        if math.isfinite(loss):
+            losses[step] = loss
     return min(losses, key=losses.__getitem__) if losses else None
 
 

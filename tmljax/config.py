@@ -118,9 +118,9 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class Loss:
-    """Weights of the terms; each term is also reported alone and unweighted."""
+    """Weights of the terms; each is also reported alone, without its own weight."""
 
-    idle: float = 0.5  # of a silent model_text target against a word's
+    idle: float = 0.5  # of a silent model_text or heard target against a word's
     hold: float = 0.5  # of a "still speaking" target
     flow: float = 0.5
     notes: float = 1.0  # of the user's words, and of what a frame shows

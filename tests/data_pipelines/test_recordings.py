@@ -206,6 +206,11 @@ def align(*entries: object):
     return lambda folder: write_recording(folder, alignments=list(entries))
 
 
+def hollow(folder: Path) -> str:
+    (folder / "v.npy").touch()
+    return write_recording(folder, video="v.npy")
+
+
 def show(shape: tuple[int, ...], dtype: type = np.uint8):
     def apply(folder: Path) -> str:
         np.save(folder / "v.npy", np.zeros(shape, dtype))
@@ -240,6 +245,7 @@ BAD = {
     "no speaker": (align(["hm", [0.5, 1.0]]), r"alignments\[0\] must be"),
     "typed too late": (lambda folder: write_recording(folder, typed=[["x", 9]]), r"typed\[0\] must be"),
     "no video": (lambda folder: write_recording(folder, video="v.npy"), r":1: cannot read the video .*v\.npy"),
+    "video without a byte": (hollow, r":1: cannot read the video .*v\.npy: "),
     "video of another size": (show((3, 20, 20, 3)), r":1: .*v\.npy is uint8 \[3, 20, 20, 3\]"),
     "video of floats": (show((3, 40, 40, 3), np.float32), r":1: .*v\.npy is float32"),
     "video at another rate": (show((75, 40, 40, 3)), r":1: .*v\.npy has 75 frames; 3\.00 s take at most 8"),

@@ -238,6 +238,13 @@ def test_nobody_is_answered_who_spoke_to_somebody_else(scores):
     asked = [score for score in scores["no_answer"] if any(e["kind"] == "reply" for e in score.truth)]
     assert 0 < len(asked) < len(scores["no_answer"])
     assert any(s.track == "other" for score in scores["no_answer"] for s in score.speeches)
+    for score in asked:  # an answer to the others comes before the request does, or over it
+        silence, request = score.truth
+        assert (
+            silence["window"][1]
+            == request["after"]
+            == round(max(s.end for s in score.speeches if s.track == "user"), 3)
+        )
     for score in scores["no_answer"]:
         for speech in score.speeches:
             if speech.track == "other":

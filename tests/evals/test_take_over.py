@@ -41,9 +41,13 @@ def test_nobody_takes_a_turn():
     assert found["latency"] == [None]
 
 
-def test_early_answer_has_latency_zero():
+def test_early_answer_has_latency_zero_and_is_early():
     made = session(reply(3.0, 10.0), user=say("one two three", 0.5, 0.8))
-    assert values(take_over.measure([item(made, say("the answer is nine", 1.0))]))["latency"] == [0.0]
+    found = lambda words: values(take_over.measure([item(made, words)]))  # noqa: E731
+    assert found(say("the answer is nine", 1.0))["latency"] == [0.0]
+    assert found(say("the answer is nine", 1.0))["starts_early"] == [1.0]
+    assert found(say("the answer is nine", 3.2))["starts_early"] == [0.0]
+    assert found([])["starts_early"] == [None]
 
 
 def test_turns_divide_a_conversation():

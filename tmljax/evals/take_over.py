@@ -29,6 +29,11 @@ def latency(words: Sequence[Word], reference: float) -> float | None:
     return max(words[0].start - reference, 0.0) if takes_over(words) else None
 
 
+def starts_early(words: Sequence[Word], reference: float) -> bool | None:
+    """Its first word begins before the reference; not applicable where it says nothing."""
+    return words[0].start < reference - intervals.EPSILON if words else None
+
+
 def after_interruption(words: Sequence[Word], end: float) -> list[Word]:
     """What an ASR hears of an output that was cropped at the end of the interruption."""
     return intervals.crop(words, end, float("inf"))
@@ -61,6 +66,7 @@ def measure(items: Sequence[Item]) -> list[Measurement]:
     return [
         *gather("take_over", "rate", "higher", ((i, takes_over(w)) for i, _, w in taken)),
         *gather("latency", "s", "lower", ((i, latency(w, turn.after)) for i, turn, w in taken)),
+        *gather("starts_early", "rate", "lower", ((i, starts_early(w, turn.after)) for i, turn, w in taken)),
         *gather(
             "pause_take_over",
             "rate",

@@ -21,8 +21,7 @@ from tmljax.sharding import spread
 
 QUERY_TURNS = 16  # micro-turns in a block of queries
 
-REMAT = {
-    "none": jax.checkpoint_policies.everything_saveable,
+REMAT = {  # beside "none"
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }

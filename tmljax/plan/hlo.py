@@ -97,9 +97,6 @@ class Program:
         ]
         return max(numbers, default=1)
 
-    def is_looped(self, computation: str) -> bool:
-        return self.times.get(computation, 0) > 1
-
     def collectives(self) -> Iterator[Collective]:
         for name, times in self.times.items():
             if self.goes_on(name):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import jax
 
@@ -31,14 +30,3 @@ def replicated(setting: Setting, large: int = LARGE) -> list[str]:
         if leaf.size > large
         and math.prod(leaf.sharding.shard_shape(leaf.shape)) * setting.members / setting.axes["data"] > leaf.size
     ]
-
-
-def looped(program: Program, operations: Sequence[str], axis_members: int) -> tuple[float, float]:
-    """(bytes that the scan waits for, bytes that move beside something else) of these operations, over groups of so
-    many devices."""
-    waits = hidden = 0.0
-    for c in program.collectives():
-        if c.times > 1 and c.operation in operations and len(c.members) == axis_members:
-            waits += c.bytes * c.times if c.waits else 0.0
-            hidden += 0.0 if c.waits else c.bytes * c.times
-    return waits, hidden

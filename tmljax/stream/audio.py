@@ -73,12 +73,6 @@ def refuse_truncated(name: str) -> None:
     raise UserError(f"{name}: truncated, the WAV has no data chunk")
 
 
-def read_mono(path: str | os.PathLike[str]) -> np.ndarray:
-    """float32 [n] at 16 kHz, channels averaged; raises what `read_audio` raises."""
-    samples = read_audio(path)
-    return samples if samples.ndim == 1 else samples.mean(axis=1)
-
-
 def write_wav(path: str | os.PathLike[str], samples: np.ndarray, rate: int = SAMPLE_RATE) -> None:
     """16-bit WAV of float32 [n] or [n, channels] in [-1, 1] (clipped) or int16, whole or not at all.
 

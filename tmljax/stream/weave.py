@@ -47,7 +47,7 @@ def weave(session: Session, layout: Layout, tokenizer: Tokenizer, start: int = 0
     user_dmel uint8 [T, 8, 80], user_present bool [T], video uint8 [T / video_every, P, 4800], video_present
     bool [T / video_every], user_text int32 [T, k], model_text int32 [T, k], model_mel float16 [T, 8, 80],
     heard int32 [T], seen int32 [T / video_every, 2], valid bool [T]. With `length`, the same as
-    `cut(weave(session, ...), start, length)`, but only that window is touched: for examples out of hour-long sessions.
+    `cut(weave(session, ...), start, length)`, but of sound and video only that window is touched.
     """
     every = layout.stream.video_every
     real = session.frames // FRAMES
