@@ -95,17 +95,20 @@ def test_a_mesh_that_does_not_make_up_the_slice_is_named(small):
 def test_what_kernels_read_again(small, monkeypatch):
     """Splash: for its one block of 128 queries one of 256 keys, values and masks, in four kernels.
 
-    Grouped, in tiles of 8 x 16 x 16: the weights of 4 experts for the 32 blocks of rows that are not an expert's first,
-    and rows for 3 more blocks of columns; in three products forward, three again, and six backward, of which three have
-    rows on both sides.
+    Grouped, in tiles of 16 columns: rows for 3 more of them, in three products forward, three again, and six backward.
     """
     change_model = lambda **changes: dataclasses.replace(small, model=dataclasses.replace(small.model, **changes))  # noqa: E731
     splash = work.kernel_traffic(settle(change_model(attention="splash"), WHERE))
     assert splash == L * 4 * (16 // 4) * H * (256 * 2 * h * 4 + 128 * 256 * 4)
     assert memory.score_bytes(settle(change_model(attention="splash"), WHERE), N) == 0
 
-    monkeypatch.setattr(work.experts, "TILE", (8, 16, 16))
-    rows = N * 2 * 2
-    product, gradient = (rows // 8 - 4) * D * W + rows * D * 3, rows * (D * 3 + W * 3)
+    monkeypatch.setattr(work.experts, "tile", lambda rows, depth, columns: (8, depth, 16))
     grouped = work.kernel_traffic(settle(change(small, matmul="grouped"), WHERE))
-    assert grouped == L * 3 * (3 * product + gradient) * 4
+    assert grouped == L * 12 * N * 2 * D * 3 * 4
+
+
+def test_a_tile_of_rows_is_worked_on_for_each_expert_in_it(small, setting, monkeypatch):
+    """18 tiles of 8 rows and 3 borders between 4 experts: 21 tiles' products, forward, again, and two backward."""
+    monkeypatch.setattr(work.experts, "TILE_ROWS", 8)
+    more = work.executed_flops(settle(change(small, matmul="grouped"), WHERE)) - work.executed_flops(setting)
+    assert more == pytest.approx(4 * 2 * 16 * 18 * L * 2 * 3 * D * W * 3 / 18)

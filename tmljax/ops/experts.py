@@ -228,17 +228,24 @@ def ragged(x_RD: jax.Array, rows_E: jax.Array, experts: Experts) -> jax.Array:
     return jax.lax.ragged_dot(jax.nn.silu(a_RW) * u_RW, experts.down_EWD, rows_E)
 
 
-TILE = (512, 1024, 1024)  # rows, depth and columns that `grouped` works on at once
+TILE_ROWS = 256  # that `grouped` works on at once; a tile that lies across experts is worked on for each of them
+TILE_WEIGHTS = 2**21  # numbers of an expert's weights that are in VMEM at once, at most
+
+
+def tile(rows: int, depth: int, columns: int) -> tuple[int, int, int]:
+    """What a grouped product [rows, depth] x [depth, columns] works on at once. The whole depth, so that weights are
+    read once an expert; columns by a divisor, since a part of a tile costs as much as a whole one."""
+    widths = (w for w in range(128, columns + 1, 128) if columns % w == 0 and depth * w <= TILE_WEIGHTS)
+    return TILE_ROWS, depth, max(widths, default=min(columns, 128))
 
 
 def grouped(x_RD: jax.Array, rows_E: jax.Array, experts: Experts, interpret: bool = False) -> jax.Array:
     """As `ragged`, through Megablox (arXiv 2211.15841); rows beyond the experts' are anything."""
     from jax.experimental.pallas.ops.tpu.megablox import gmm  # half a second that only TPUs need
 
-    R, padded = x_RD.shape[0], -(-x_RD.shape[0] // TILE[0]) * TILE[0]
+    R, padded = x_RD.shape[0], -(-x_RD.shape[0] // TILE_ROWS) * TILE_ROWS
 
     def multiply(x: jax.Array, weight: jax.Array) -> jax.Array:
-        tile = (TILE[0], min(TILE[1], x.shape[1]), min(TILE[2], weight.shape[2]))
         return gmm(x, weight, rows_E, x.dtype, tile, interpret=interpret)
 
     x_RD = jnp.pad(x_RD, ((0, padded - R), (0, 0)))

@@ -39,7 +39,18 @@ def executed_flops(setting: Setting) -> float:
     routed = places * moe.top_k * 3 * D * moe.expert_width
     dense = 2 * D * (model.heads + model.kv_heads) * model.head_dim + 3 * D * moe.shared_width + D * moe.experts
     again = {"none": 0.0, "dots": routed, "full": routed + places * dense}
-    return model_flops(setting) + again[model.remat] + attention_again(setting)
+    experts_again = (PASSES[model.remat] + 1) * routed * (tiles_worked(setting) - 1)
+    return model_flops(setting) + again[model.remat] + experts_again + attention_again(setting)
+
+
+def tiles_worked(setting: Setting) -> float:
+    """Rows in the tiles of a grouped product against its rows, with balanced experts: a tile is worked on once for each
+    expert that has rows in it, and two experts meet in one tile, bar chance."""
+    moe = setting.experiment.model.moe
+    if moe.matmul != "grouped":
+        return 1.0
+    tiles = setting.positions * moe.top_k / experts.TILE_ROWS
+    return (tiles + moe.experts / setting.axes["expert"] - 1) / tiles
 
 
 def attention_again(setting: Setting) -> float:
@@ -111,8 +122,7 @@ def kernel_traffic(setting: Setting) -> float:
     if model.moe.matmul == "grouped":
         D, W = model.d_model, model.moe.expert_width / setting.axes["tensor"]
         for depth, columns in ((D, W), (D, W), (W, D)):
-            layer += forward * rows_again(setting, depth, columns) + rows_again(setting, columns, depth)
-            layer += gradient_again(setting, depth, columns)
+            layer += (forward + 1) * rows_again(setting, depth, columns) + rows_again(setting, columns, depth)
     return accumulate * model.layers * layer
 
 
@@ -127,20 +137,11 @@ def splash_reads(setting: Setting) -> float:
 
 
 def rows_again(setting: Setting, depth: float, columns: float) -> float:
-    """Bytes that a grouped product of rows [R, depth] reads again: an expert's weights for each of its blocks of rows
-    but the first, rows for each block of columns but the first."""
-    tile_rows, _, tile_columns = experts.TILE
-    experts_here = setting.experiment.model.moe.experts / setting.axes["expert"]
-    blocks = max(rows(setting) / tile_rows - experts_here, 0.0)
-    again = blocks * depth * columns + rows(setting) * depth * (math.ceil(columns / tile_columns) - 1)
-    return again * setting.width
-
-
-def gradient_again(setting: Setting, depth: float, columns: float) -> float:
-    """The same of the product that gives the weights' gradient: both sides for each block of the other's columns."""
-    _, tile_depth, tile_columns = experts.TILE
-    left = depth * (math.ceil(columns / tile_columns) - 1)
-    return rows(setting) * (left + columns * (math.ceil(depth / tile_depth) - 1)) * setting.width
+    """Bytes that a grouped product reads again, or the product that gives its weights' gradient: its rows [R, depth]
+    for each tile of columns but the first. It reads an expert's weights once."""
+    *_, width = experts.tile(0, round(depth), round(columns))
+    held = setting.positions * setting.experiment.model.moe.top_k
+    return held * depth * (math.ceil(columns / width) - 1) * setting.width
 
 
 def exchange(setting: Setting, times: float) -> list[Traffic]:

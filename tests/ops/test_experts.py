@@ -1,0 +1,34 @@
+"""Grouped products in several tiles, against `ragged_dot`."""
+
+from functools import partial
+
+import jax
+import numpy as np
+
+from tmljax.ops import experts
+from tmljax.ops.experts import Experts
+
+
+def test_tiles_hold_the_whole_depth_and_no_part_of_a_tile():
+    """Of the 276B config's matrices [4096, 1792] and [1792, 4096]; small ones are one tile."""
+    assert experts.tile(98_304, 4096, 1792) == (experts.TILE_ROWS, 4096, 256)
+    assert experts.tile(98_304, 1792, 4096) == (experts.TILE_ROWS, 1792, 1024)
+    assert experts.tile(64, 32, 48) == (experts.TILE_ROWS, 32, 48)
+
+
+def test_grouped_in_several_tiles_of_rows_and_columns(monkeypatch):
+    """Three tiles of rows, of which experts share two; two and three of columns; one expert has no row."""
+    monkeypatch.setattr(experts, "TILE_WEIGHTS", 2**15)
+    R, D, W, sizes = 700, 256, 384, np.array([300, 0, 190, 210], np.int32)
+    assert experts.tile(R, D, W)[2] == experts.tile(R, W, D)[2] == 128
+    x_RD, gate, up, down, d_RD = (
+        jax.random.normal(key, shape) / 16
+        for key, shape in zip(jax.random.split(jax.random.key(0), 5), [(R, D), (4, D, W), (4, D, W), (4, W, D), (R, D)])
+    )
+
+    def run(product):
+        out, pull = jax.vjp(lambda x, weights: product(x, sizes, weights), x_RD, Experts(gate, up, down))
+        return out, pull(d_RD)
+
+    ours, plain = run(partial(experts.grouped, interpret=True)), run(experts.ragged)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=2e-5, rtol=2e-4), ours, plain)
