@@ -113,7 +113,7 @@ class Optimizer:
     b1: float = 0.9
     b2: float = 0.95
     clip: float = 1.0  # global gradient norm
-    accumulate: int = 1  # micro-batches a step
+    accumulate: int = 1  # micro-batches a step, each a mean of its own: what few examples have weighs less
 
 
 @dataclass(frozen=True)
