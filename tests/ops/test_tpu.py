@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental import topologies
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from tmljax import config
 from tmljax.ops import dispatch, experts
@@ -80,3 +80,19 @@ def test_an_axis_may_be_part_of_a_physical_one():
     """16 is no product of whole axes of 4 x 8 x 8."""
     mesh = make_mesh(config.Mesh(data=1, fsdp=16, expert=16), chips("v5p:4x8x8"))
     assert len(set(mesh.devices.flat)) == 256
+
+
+@pytest.mark.slow
+def test_grouped_products_of_the_big_model_fit_vmem():
+    """Forward and backward, 64 experts of [4096, 1792]; what does not fit is refused by the compiler."""
+    R, D, W, E = 98_304, 4096, 1792, 64
+    where = SingleDeviceSharding(chips("v5p:2x2x1")[0])
+    array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=where)  # noqa: E731
+    weights = Experts(array(E, D, W), array(E, D, W), array(E, W, D))
+
+    def loss(x_RD, weights, rows_E):
+        return jnp.sum(experts.grouped(x_RD, rows_E, weights).astype(jnp.float32) ** 2)
+
+    rows_E = jax.ShapeDtypeStruct((E,), jnp.int32, sharding=where)
+    text = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(array(R, D), weights, rows_E).compile().as_text()
+    assert text.count("tpu_custom_call") >= 8  # forward two that the backward pass needs, and six

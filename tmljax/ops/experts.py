@@ -229,7 +229,7 @@ def ragged(x_RD: jax.Array, rows_E: jax.Array, experts: Experts) -> jax.Array:
 
 
 TILE_ROWS = 256  # that `grouped` works on at once; a tile that lies across experts is worked on for each of them
-TILE_WEIGHTS = 2**21  # numbers of an expert's weights that are in VMEM at once, at most
+TILE_WEIGHTS = 2**20  # numbers of an expert's weights that are in VMEM at once, at most
 
 
 def tile(rows: int, depth: int, columns: int) -> tuple[int, int, int]:

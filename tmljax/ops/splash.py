@@ -17,7 +17,7 @@ import numpy as np
 
 from tmljax.ops.attention import Plan, Sight, see
 
-BLOCK = 512  # queries and keys that the kernel works on at once
+BLOCK = 256  # queries and keys that the kernel works on at once
 LANES = 128  # of which its blocks are multiples
 
 
