@@ -90,6 +90,7 @@ def main(argv: Sequence[str]) -> None:
 def evaluate(options: Options) -> Report:
     """The verb. Raises UserError for bad input before any work is done."""
     references = read_references(options.icc)
+    make_folder(options.pictures)
     cluster.enable_compile_cache()
     adapt = partial(verb.adapt, overrides=options.overrides)
     engine = engine_from_workdir(options.workdir, options.sessions, options.step, adapt)
@@ -122,11 +123,21 @@ def evaluate(options: Options) -> Report:
     return made
 
 
+def make_folder(pictures: str | None) -> None:
+    """Before any work, so that nothing is lost where it cannot be made."""
+    if pictures == "":
+        raise UserError("--pictures names no folder")
+    try:
+        if pictures is not None:
+            Path(pictures).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"--pictures={pictures} cannot be made: {e.strerror}") from None
+
+
 def write_pictures(gallery: Gallery, folder: str | None) -> None:
     """The timelines of the report as files."""
     if folder is None:
         return
-    Path(folder).mkdir(parents=True, exist_ok=True)
     for example in gallery.examples:
         (Path(folder) / f"{example.family}-{example.session}.svg").write_text(example.picture, encoding="utf-8")
 

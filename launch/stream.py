@@ -117,6 +117,8 @@ def load_engine(directory: str, step: str | None = None, overrides: Sequence[str
 def check_writable(path: str | None, input_path: str) -> None:
     if path is None:
         return
+    if not path:
+        raise UserError("a file to write has an empty name; see --help")
     folder = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(folder):
         raise UserError(f"cannot write {path}: the folder {folder} does not exist")

@@ -101,7 +101,8 @@ def refuse_file(flag: str) -> None:
 
 
 def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
-    """Runs a verb and returns its exit code: 2 and one line for a user's mistake, 130 after Ctrl-C."""
+    """Runs a verb and returns its exit code: 2 and one line for a user's mistake, 130 after Ctrl-C, 141 where its output
+    is read no more."""
     logging.set_verbosity(logging.FATAL)  # libraries log what they also raise
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see launch/__init__.py
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -116,6 +117,9 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # who read the output has what he wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except OSError as e:
         if e.errno not in MISTAKES:
             raise
@@ -213,7 +217,10 @@ def set_field(tree: dict[str, Any], path: Sequence[str], text: str) -> None:
                 f"config.{'.'.join(path[: depth + 1])} is a value, so config.{'.'.join(path)} does not exist"
             )
     if isinstance(tree.get(name), dict) and not text.startswith("{"):
-        raise UserError(f"config.{'.'.join(path)} is a group of fields: {', '.join(sorted(tree[name]))}")
+        field = f"config.{'.'.join(path)}"
+        raise UserError(
+            f"{field} is a group: set --{field}.NAME=VALUE; it has {', '.join(sorted(tree[name])) or 'none'}"
+        )
     tree[name] = text if isinstance(tree.get(name), str) else parse_value(text)
 
 

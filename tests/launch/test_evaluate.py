@@ -102,6 +102,8 @@ def test_refuses(workdir, tmp_path, capsys):
         ({"workdir": workdir, "icc": broken}, "icc_gt_distribution"),
         ({"workdir": workdir, "step": 7}, "step 7"),
         ({"workdir": workdir, "limit": 0}, "limit"),
+        ({"workdir": workdir, "pictures": broken / "svg"}, "icc.json/svg cannot be made: Not a directory"),
+        ({"workdir": workdir, "pictures": ""}, "--pictures names no folder"),
         ({}, "--workdir is missing"),
     ):
         assert run(**given) == 2, given

@@ -231,6 +231,7 @@ def expect_one_line(capsys, *parts: str) -> None:
         ({"json": "in.wav"}, ["is the input too"]),
         ({"json": "./out.wav"}, ["--json and --output both name out.wav"]),
         ({"output": "."}, ["is a folder"]),
+        ({"output": ""}, ["empty name"]),
         ({"output": os.devnull}, ["no regular file"]),
         ({"json": os.devnull}, ["no regular file"]),
         ({"typed": "three plus four"}, ["SECONDS:TEXT"]),

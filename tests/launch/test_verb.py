@@ -91,7 +91,10 @@ def test_none_and_whole_groups_can_be_given(own_flags, config_file):
         (["--config.model.d_model=abc"], "config.model.d_model must be int, got str 'abc'"),
         (["--config.optimizer.clip=inf"], "config.optimizer.clip=inf must be finite"),
         (["--config.model.d_model.x=1"], "config.model.d_model is a value, so config.model.d_model.x does not exist"),
-        (["--config.model.moe=3"], "config.model.moe is a group of fields"),
+        (
+            ["--config.model.moe=3"],
+            "config.model.moe is a group: set --config.model.moe.NAME=VALUE; it has balance_rate",
+        ),
         (["--config.optimizer.name=sgd"], "config.optimizer.name='sgd' must be one of 'adamw', 'muon'"),
         (["--config.model.d_model"], "--config.model.d_model needs a value"),
         (["--wrkdir=x"], "Unknown command line flag 'wrkdir'. Did you mean: workdir ?"),
@@ -211,3 +214,13 @@ def test_ctrl_c_while_libraries_load_leaves_no_traceback():
     _, err = process.communicate(timeout=100)
     assert process.returncode == -signal.SIGINT, "a shell reports that as 130"
     assert "Traceback" not in err
+
+
+def test_a_closed_pipe_is_no_error():
+    """As in `python -m launch.plan ... | head -1`."""
+    verb_ = "import sys\ndef main(argv):\n    while True: print('a line', flush=True)\n"
+    program = f"{verb_}from launch import verb\nsys.exit(verb.run(main, ['it']))"
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert (process.wait(60), process.stderr.read()) == (141, b"")
