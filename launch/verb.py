@@ -101,8 +101,8 @@ def refuse_file(flag: str) -> None:
 
 
 def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
-    """Runs a verb and returns its exit code: 2 and one line for a user's mistake, 130 after Ctrl-C, 141 where its output
-    is read no more."""
+    """Runs a verb and returns its exit code: 2 and one line for a user's mistake, 130 after Ctrl-C, 141 where nobody
+    reads on."""
     logging.set_verbosity(logging.FATAL)  # libraries log what they also raise
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see launch/__init__.py
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -8,7 +8,7 @@ import pytest
 from tmljax.ops import splash
 from tmljax.ops.attention import attend, attend_in_blocks, attend_one_by_one, forgetful, query_blocks, see
 from tmljax.ops.project import FEW, project
-from tmljax.ops.splash import BLOCK, count_worked, make_mask, through_splash
+from tmljax.ops.splash import count_worked, make_mask, through_splash
 
 B, H, K, h = 2, 4, 2, 8
 
@@ -117,8 +117,8 @@ def test_splash_equals_the_whole(window, past, turns, monkeypatch):
 
 def test_splash_leaves_out_blocks_that_nobody_sees():
     turn_P, slot_P = np.divmod(np.arange(2048), 4)
-    assert count_worked(make_mask(turn_P, slot_P, 2048, 512)) == (10 + 4) * BLOCK**2  # causal; each query's own key
-    assert count_worked(make_mask(turn_P, slot_P, 2048, 129)) == (7 + 4) * BLOCK**2
+    assert count_worked(make_mask(turn_P, slot_P, 2048, 512)) == (36 + 8) * 256**2  # causal; each query's own key
+    assert count_worked(make_mask(turn_P, slot_P, 2048, 129)) == (21 + 8) * 256**2  # two blocks back
 
 
 def test_what_a_query_sees():
