@@ -87,10 +87,9 @@ def test_what_is_misheard_is_no_target(monkeypatch):
     batch["model_mel"] = dmel.dequantise(dmel.quantise(batch["model_mel"]))
     monkeypatch.setattr(objective, "MISHEARD", 1.0)
     model = replace(DEFINITION.model, flow=replace(DEFINITION.model.flow, feedback_noise=0.0))
-    _, (metrics, _) = objective.objective(
-        replace(DEFINITION, model=model), params, batch, jax.random.key(3), config.Loss()
-    )
-    out = DEFINITION.bind(params)(batch | {"heard": batch["heard"][::-1]})
+    quiet, key = replace(DEFINITION, model=model), jax.random.key(3)
+    metrics = jax.jit(lambda p, b: objective.objective(quiet, p, b, key, config.Loss())[1][0])(params, batch)
+    out = jax.jit(lambda p, b: DEFINITION.bind(p)(b))(params, batch | {"heard": batch["heard"][::-1]})
     weight_BT = np.where(batch["heard"] == IDLE, config.Loss().idle, 1.0) * batch["user_present"]
     expected = weighted_mean(cross_entropy(out.heard_BTV, batch["heard"]), weight_BT)
     assert metrics["loss/heard"] == pytest.approx(float(expected), rel=1e-5)
