@@ -12,6 +12,7 @@ import errno
 import importlib.util
 import os
 import re
+import select
 import signal
 import sys
 import traceback
@@ -117,13 +118,22 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # who read the output has what he wanted
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        if not abandoned(sys.stdout.fileno()):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
         return 128 + signal.SIGPIPE
     except OSError as e:
         if e.errno not in MISTAKES:
             raise
         return complain(f"{e.filename or 'writing'}: {e.strerror}")
+
+
+def abandoned(pipe: int) -> bool:
+    """Whether nobody reads the other end, as in `... | head -1`."""
+    poll = select.poll()
+    poll.register(pipe, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def complain(message: str) -> int:

@@ -224,3 +224,13 @@ def test_a_closed_pipe_is_no_error():
         process.stdout.readline()
         process.stdout.close()
         assert (process.wait(60), process.stderr.read()) == (141, b"")
+
+
+def test_a_pipe_to_somebody_else_that_breaks_is_no_quiet_end():
+    """As of a worker that was killed."""
+
+    def main(argv):
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        verb.run(main, ["it"])
