@@ -37,9 +37,6 @@ class Shapes:
     def axes(self) -> Any:
         return self.names
 
-    def init(self, key: jax.Array) -> Any:
-        raise NotImplementedError("shapes have no values")
-
 
 def shapes_of(definition: Definition) -> Shapes:
     return _trace(replace(definition, model=replace(definition.model, remat="none")))

@@ -15,14 +15,18 @@ from tmljax.sharding import param_shardings, replicated
 ROUTING = "balance_bias"  # leaves of this name are moved by the experts' load, not by gradients
 
 
-class Definition(Protocol):
-    """What training needs of a model; `tmljax.model.interaction.Definition` is one."""
-
-    def init(self, key: jax.Array) -> Any: ...
+class Outline(Protocol):
+    """What of a model says where its state lies: the shapes of its parameters and the names of their dims."""
 
     def abstract(self) -> Any: ...
 
     def axes(self) -> Any: ...
+
+
+class Definition(Outline, Protocol):
+    """What training needs of a model; `tmljax.model.interaction.Definition` is one."""
+
+    def init(self, key: jax.Array) -> Any: ...
 
 
 class State(NamedTuple):
@@ -54,7 +58,7 @@ def init_state(definition: Definition, optimizer: optax.GradientTransformation, 
     return State(zero, params, optimizer.init(split(params)[0]), zero)
 
 
-def abstract_state(definition: Definition, optimizer: optax.GradientTransformation, mesh: Mesh) -> State:
+def abstract_state(definition: Outline, optimizer: optax.GradientTransformation, mesh: Mesh) -> State:
     """Shapes and shardings of a State: the optimizer's moments lie where their parameters lie."""
     params = definition.abstract()
     shardings = param_shardings(mesh, definition.axes(), params)
