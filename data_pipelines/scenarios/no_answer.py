@@ -31,10 +31,8 @@ def compose(stage: Stage) -> Score:
         _background(stage)
     if kind >= 0.10 and rng.random() < 0.5:
         stage.rest(0.5, 1.2)
-        said = draw(rng, stage.split)
-        stage.expect_silence(start, stage.ask(said).end)  # whoever answers the others does so before that
-        stage.answer(said)
-        stage.rest(0.4, 1.1)
+        request = stage.exchange(draw(rng, stage.split))
+        stage.expect_silence(start, request.end)  # whoever answers the others does so before that
         return stage.score("no_answer", (0.1, 0.5))
     score = stage.score("no_answer", (1.0, 1.6))
     return replace(score, truth=({"kind": "silence", "window": [0.0, score.seconds]},))

@@ -74,10 +74,12 @@ class Stage:
     def answer(self, said: Request) -> Speech:
         return self.reply(said.reply, said.content)
 
-    def exchange(self, said: Request) -> None:
-        self.ask(said)
+    def exchange(self, said: Request) -> Speech:
+        """A request and its answer; returns the request."""
+        asked = self.ask(said)
         self.answer(said)
         self.rest(0.4, 1.1)
+        return asked
 
     def interrupt(self, speech: Speech, onset: float) -> Speech:
         """Cuts the model's `speech` as it hears somebody speak since `onset`."""
