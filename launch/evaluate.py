@@ -81,7 +81,6 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise UserError(f"{argv[1]!r} is not a flag; see --help")
     verb.refuse_file("output")
-    verb.refuse_file("pictures")
     given = {f.name: flags.FLAGS[f.name].value for f in dataclasses.fields(Options) if f.name in flags.FLAGS}
     output = Path(given["output"] or given["workdir"])
     evaluate(Options(**given | {"output": output, "overrides": verb.overrides()}))
@@ -90,12 +89,12 @@ def main(argv: Sequence[str]) -> None:
 def evaluate(options: Options) -> Report:
     """The verb. Raises UserError for bad input before any work is done."""
     references = read_references(options.icc)
-    make_folder(options.pictures)
     cluster.enable_compile_cache()
     adapt = partial(verb.adapt, overrides=options.overrides)
     engine = engine_from_workdir(options.workdir, options.sessions, options.step, adapt)
     split = open_split(engine.experiment, SPLIT)
     chosen, microturns = choose(split, options.suite, options.limit)
+    make_folder(options.pictures)
     writer = Writer(options.output / "fdb")
     begin = time.perf_counter()
     tallies = [Tally(report.MODEL), *(Tally(name) for name, _ in baselines(engine.layout, engine.tokenizer))]
