@@ -22,30 +22,30 @@ from data_pipelines.score import Score
 
 # family -> (how to compose one, its weight in the default mixture)
 FAMILIES: dict[str, tuple[Callable[[Stage], Score], float]] = {
-    "turn_taking": (turn_taking.compose, 0.16),
-    "pause": (pause.compose, 0.10),
-    "self_correction": (self_correction.compose, 0.06),
-    "interruption": (interruption.compose, 0.08),
-    "user_backchannel": (user_backchannel.compose, 0.05),
+    "turn_taking": (turn_taking.compose, 0.15),
+    "pause": (pause.compose, 0.11),
+    "self_correction": (self_correction.compose, 0.05),
+    "interruption": (interruption.compose, 0.06),
+    "user_backchannel": (user_backchannel.compose, 0.04),
     "model_backchannel": (model_backchannel.compose, 0.04),
-    "verbal_cue": (verbal_cue.compose, 0.16),
-    "no_answer": (no_answer.compose, 0.13),
-    "visual_cue": (visual_cue.compose, 0.13),
-    "visual_question": (visual_question.compose, 0.05),
-    "typed_text": (typed_text.compose, 0.04),
+    "verbal_cue": (verbal_cue.compose, 0.20),
+    "no_answer": (no_answer.compose, 0.12),
+    "visual_cue": (visual_cue.compose, 0.17),
+    "visual_question": (visual_question.compose, 0.03),
+    "typed_text": (typed_text.compose, 0.03),
 }
 
 # What a session lasts on average (seconds); turns hours of training data into a number of sessions.
 SECONDS: dict[str, float] = {
-    "turn_taking": 10.7,
-    "pause": 9.5,
+    "turn_taking": 11.0,
+    "pause": 11.2,
     "self_correction": 11.2,
     "interruption": 10.3,
     "user_backchannel": 10.8,
     "model_backchannel": 11.2,
-    "verbal_cue": 10.2,
-    "no_answer": 7.0,
+    "verbal_cue": 11.3,
+    "no_answer": 10.2,
     "visual_cue": 10.8,
-    "visual_question": 9.1,
+    "visual_question": 10.0,
     "typed_text": 10.1,
 }

@@ -21,8 +21,12 @@ ERRANDS = (
 
 def compose(stage: Stage) -> Score:
     rng = stage.rng
+    start = 0.0  # since when nobody has wanted an answer
+    if rng.random() < 0.6:
+        stage.exchange(draw(rng, stage.split))
+        stage.close(stage.clock)
+        start = stage.clock
     kind = rng.random()
-    start = stage.clock
     if kind < 0.10:
         stage.clock += rng.uniform(3, 5)
     elif kind < 0.55:
@@ -34,8 +38,9 @@ def compose(stage: Stage) -> Score:
         request = stage.exchange(draw(rng, stage.split))
         stage.expect_silence(start, request.end)  # whoever answers the others does so before that
         return stage.score("no_answer", (0.1, 0.5))
-    score = stage.score("no_answer", (1.0, 1.6))
-    return replace(score, truth=({"kind": "silence", "window": [0.0, score.seconds]},))
+    score = stage.score("no_answer", (1.6, 2.4))  # room to answer what wants no answer
+    silence = {"kind": "silence", "window": [round(start, 3), score.seconds]}
+    return replace(score, truth=(*score.truth, silence))
 
 
 def _talk_to_others(stage: Stage) -> None:

@@ -9,7 +9,7 @@ from data_pipelines.score import Score
 
 def compose(stage: Stage) -> Score:
     stage_pause(stage)
-    if stage.clock < 5.5:
+    while stage.clock < 6.5:
         stage.rest(0.4, 1.2)
         if stage.rng.random() < 0.6:
             stage_pause(stage)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from data_pipelines.scenarios.language import draw, question, statement
-from data_pipelines.scenarios.stage import Stage
+from data_pipelines.scenarios.stage import SHORT, Stage
 from data_pipelines.score import Score
 
 
@@ -18,6 +18,6 @@ def compose(stage: Stage) -> Score:
     else:
         stage.exchange(draw(rng, split))
         stage.exchange(draw(rng, split))
-        if stage.clock < 7 and rng.random() < 0.5:
+        if stage.clock < SHORT:
             stage.exchange(draw(rng, split))
     return stage.score("turn_taking", (0.1, 0.5))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from data_pipelines.scenarios.language import draw_filled
-from data_pipelines.scenarios.stage import Stage
+from data_pipelines.scenarios.stage import SHORT, Stage
 from data_pipelines.scenes import COLOURS, SHAPES, Scene, Thing, draw_thing
 from data_pipelines.score import Score
 from tmljax.stream.microturn import MICROTURN_SECONDS
@@ -25,7 +25,7 @@ def compose(stage: Stage) -> Score:
     rng = stage.rng
     period = MICROTURN_SECONDS * stage.stream.video_every
     things: list[Thing | None] = []
-    while not things or stage.clock < 6:
+    while not things or stage.clock < SHORT:
         colour, shape = (str(rng.choice(options)) for options in (tuple(COLOURS), SHAPES))
         question, _ = draw_filled(rng, stage.split, QUESTIONS, place=PLACES)
         changes = int(stage.clock / period) + 1  # the frame from which the thing is there: before the question ends

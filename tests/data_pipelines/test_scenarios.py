@@ -97,7 +97,7 @@ def test_the_oracle_satisfies_every_expectation(scores, family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_neither_silence_nor_lateness_satisfies(scores, family):
     """The expectations can be missed: by a model that says nothing, and by one that is late."""
-    lag = 1.5 if family.endswith("_cue") else 2.5  # seconds; the next cue may come 2 s after one
+    lag = {"verbal_cue": 0.9, "visual_cue": 1.5}.get(family, 2.5)  # seconds; not so late as to meet the next cue
     wanted = [(score, e) for score in scores[family] for e in score.truth if e["kind"] not in ("silence", "yield")]
     late = [
         oracle_satisfies(e, [Word(w.text, w.start + lag, w.end + lag) for w in said(score)])
@@ -234,12 +234,12 @@ def test_typing_has_a_pace_and_may_come_without_audio(scores):
 
 
 def test_nobody_is_answered_who_spoke_to_somebody_else(scores):
-    """Half of the sessions are all silence, the others end with a request of the same user."""
-    asked = [score for score in scores["no_answer"] if any(e["kind"] == "reply" for e in score.truth)]
+    """Half of the sessions end in silence, the others with a request of the same user; many begin with one too."""
+    asked = [score for score in scores["no_answer"] if score.truth[-1]["kind"] == "reply"]
     assert 0 < len(asked) < len(scores["no_answer"])
     assert any(s.track == "other" for score in scores["no_answer"] for s in score.speeches)
     for score in asked:  # an answer to the others comes before the request does, or over it
-        silence, request = score.truth
+        silence, request = score.truth[-2:]
         assert (
             silence["window"][1]
             == request["after"]
