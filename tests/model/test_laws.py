@@ -35,8 +35,12 @@ T = 18  # more than three windows: the ring wraps, and the training forward take
 
 @pytest.fixture(scope="module")
 def params():
+    return random_params(DEFINITION)
+
+
+def random_params(definition: Definition) -> dict:
     """Random everywhere, zero-initialised layers and biases included: no path may hide behind a zero."""
-    leaves, tree = jax.tree.flatten(DEFINITION.init(jax.random.key(1)))
+    leaves, tree = jax.tree.flatten(definition.init(jax.random.key(1)))
     keys = jax.random.split(jax.random.key(2), len(leaves))
     return jax.tree.unflatten(tree, [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)])
 
@@ -98,6 +102,35 @@ def test_streaming_equals_teacher_forcing(decided, batch, run_tick):
     heard_BT, seen_BTW = np.split(np.stack(noted, axis=1), [1], axis=2)
     assert 0 < np.sum(heard_BT != ABSENT) < heard_BT.size
     assert set(np.sum(seen_BTW != ABSENT, axis=2).ravel().tolist()) == {0, 1, 2}
+
+
+@pytest.mark.parametrize(("frames_per_slot", "texts"), [(8, 1), (8, 2), (4, 1), (2, 2)])
+def test_streaming_equals_teacher_forcing_in_every_layout(batch, frames_per_slot, texts):
+    """The last word enters the ring with the next speech slot of its micro-turn, or with the next micro-turn."""
+    definition = Definition(replace(STREAM, frames_per_slot=frames_per_slot, model_text_slots=texts), MODEL)
+    params, batch = random_params(definition), batch | {"model_text": batch["model_text"][:, :, :texts]}
+    whole = jax.jit(lambda p, b: definition.bind(p)(b))(params, batch)
+    assert whole.condition_BTSD.shape[2] == 8 // frames_per_slot
+    state, run = init_state(definition, 2), jax.jit(partial(tick, definition, sampling=config.Sampling()))
+    for t in range(T):
+        forced = Forced(batch["model_text"][:, t], batch["model_mel"][:, t].astype(np.float32), notes_of(batch)[:, t])
+        state, out = run(params, state, inputs_at(batch, t, t == 0), forced=forced)
+        np.testing.assert_allclose(out.text_logits, whole.text_BTSV[:, t], atol=2e-4, rtol=1e-4)
+        np.testing.assert_allclose(out.audio_condition, whole.condition_BTSD[:, t], atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("texts", [1, 2])
+def test_speech_depends_on_the_word_just_written(batch, texts):
+    """The last token, which has not passed the trunk, decides what its own micro-turn sounds like, nothing before."""
+    definition, t = Definition(replace(STREAM, model_text_slots=texts), MODEL), 8
+    one = batch | {"model_text": batch["model_text"][:, :, :texts]}
+    other = one | {"model_text": one["model_text"].copy()}
+    other["model_text"][:, t, -1] = 5 + (one["model_text"][:, t, -1] == 5)
+    params = random_params(definition)
+    a, b = (jax.jit(lambda p, x: definition.bind(p)(x))(params, x) for x in (one, other))
+    assert np.abs(a.condition_BTSD[:, t] - b.condition_BTSD[:, t]).max(axis=-1).min() > 1e-3
+    np.testing.assert_allclose(a.condition_BTSD[:, :t], b.condition_BTSD[:, :t], atol=1e-5)
+    np.testing.assert_allclose(a.text_BTSV[:, : t + 1], b.text_BTSV[:, : t + 1], atol=1e-5)
 
 
 def expect_notes(whole: Outputs, batch: dict, t: int) -> list[list[int]]:

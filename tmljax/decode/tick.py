@@ -1,8 +1,8 @@
 """The tick: one micro-turn of input in, one of output out. The one function evaluated, exported and served.
 
-In one call: the model's own last speech, with what it noted then, and the new input enter the ring together, text is
-written token by token, the flow head paints the mel. Each session of the batch has its own clock, ring row, and random
-stream.
+In one call: the model's own last word and speech, with what it noted then, and the new input enter the ring together,
+text is written token by token, the flow head paints the mel. With one slot each of text and speech that is one pass
+through the trunk. Each session of the batch has its own clock, ring row, and random stream.
 
 Legend: N sessions, F mel frames, M mel channels, S slots, K notes, n positions of one pass, D d_model, V vocab,
 X values of a slot of mel.
@@ -40,7 +40,8 @@ class TickInput(NamedTuple):
 class TickState(NamedTuple):
     ring: cache.Ring
     time_N: jax.Array  # int32, the micro-turn to come
-    mel_NFM: jax.Array  # the model's speech of the last tick, yet to enter the ring
+    token_N: jax.Array  # int32, the last text token of the last tick
+    mel_NFM: jax.Array  # the model's speech of the last tick, whose last slot is yet to enter the ring
     note_NK: jax.Array  # int32, what it noted then
     seed_N: jax.Array  # uint32
 
@@ -72,7 +73,8 @@ def init_state(definition: Definition, sessions: int) -> TickState:
     )
     mel_NFM = jnp.tile(jnp.asarray(SILENCE_MEL)[None, None], (sessions, FRAMES, 1))
     note_NK = jnp.full((sessions, NOTES), ABSENT, jnp.int32)
-    return TickState(ring, jnp.zeros(sessions, jnp.int32), mel_NFM, note_NK, jnp.zeros(sessions, jnp.uint32))
+    clock_N, token_N = jnp.zeros(sessions, jnp.int32), jnp.full(sessions, IDLE, jnp.int32)
+    return TickState(ring, clock_N, token_N, mel_NFM, note_NK, jnp.zeros(sessions, jnp.uint32))
 
 
 def tick(
@@ -95,7 +97,7 @@ def tick(
     )
     mel_NFM, condition_NSD, ring = speak(model, ring, z_ND, text_NS, state.time_N, keys_N, forced.model_mel)
     fed_back_NK = note_NK if forced.notes is None else forced.notes
-    state = TickState(ring, state.time_N + 1, mel_NFM, fed_back_NK, state.seed_N)
+    state = TickState(ring, state.time_N + 1, text_NS[:, -1], mel_NFM, fed_back_NK, state.seed_N)
     return state, TickOutput(text_NS, mel_NFM, note_NK, logit_NSV.astype(jnp.float32), condition_NSD)
 
 
@@ -105,6 +107,7 @@ def start_over(state: TickState, inputs: TickInput) -> TickState:
     return TickState(
         cache.forget(state.ring, reset_N),
         jnp.where(reset_N, 0, state.time_N),
+        jnp.where(reset_N, IDLE, state.token_N),
         jnp.where(reset_N[:, None, None], silence_NFM, state.mel_NFM),
         jnp.where(reset_N[:, None], ABSENT, state.note_NK),
         jnp.where(reset_N, inputs.seed, state.seed_N),
@@ -112,23 +115,28 @@ def start_over(state: TickState, inputs: TickInput) -> TickState:
 
 
 def listen(model: InteractionModel, state: TickState, inputs: TickInput) -> tuple[cache.Ring, jax.Array]:
-    """Enters the last speech slot of the tick before and all input slots of this one; hidden states [N, n, D]."""
+    """Enters what the tick before left over and all input slots of this one; hidden states [N, n, D], the input's last.
+
+    Left over is the last speech slot and, where no other speech slot took it along, the last text token.
+    """
     layout, time_N = model.layout, state.time_N
-    own_NSD = model.embed_model_audio(state.mel_NFM[:, None], state.note_NK[:, None])[:, 0, -1:]
+    left = 1 if layout.model_audio > 1 else 2
+    token_N1D = model.embed_model_text(state.token_N[:, None, None], slot=layout.model_text - 1)[:, 0]
+    speech_N1D = model.embed_model_audio(state.mel_NFM[:, None], state.note_NK[:, None])[:, 0, -1:]
     x_NnD = jnp.concatenate(
         [
-            own_NSD,
+            *(token_N1D, speech_N1D)[-left:],
             model.embed_user_audio(inputs.user_dmel[:, None])[:, 0],
             embed_frame(model, inputs, time_N),
             model.embed_user_text(inputs.user_text[:, None])[:, 0],
         ],
         axis=1,
     )
-    time_Nn = jnp.concatenate([time_N[:, None] - 1, jnp.repeat(time_N[:, None], layout.inputs, axis=1)], axis=1)
-    slot_n = jnp.concatenate([jnp.array([layout.slots - 1]), jnp.arange(layout.inputs)])
+    slot_n = jnp.concatenate([jnp.arange(layout.slots - left, layout.slots), jnp.arange(layout.inputs)])
+    time_Nn = time_N[:, None] - jnp.array([1] * left + [0] * layout.inputs)[None]
     present_Nn = jnp.concatenate(
         [
-            (time_N > 0)[:, None],
+            jnp.repeat((time_N > 0)[:, None], left, axis=1),
             jnp.repeat(inputs.user_present[:, None], layout.user_audio, axis=1),
             jnp.repeat(shows_frame(model, inputs, time_N)[:, None], layout.user_video, axis=1),
             inputs.user_text != ABSENT,
@@ -155,7 +163,7 @@ def take_notes(model: InteractionModel, z_NnD: jax.Array, listens_N: jax.Array, 
 
     A head that was never taught is sure of nothing, and notes nothing.
     """
-    frame = model.layout.user_audio + model.layout.user_video  # its last slot; slot 0 is the model's own, of before
+    frame = -1 - model.layout.user_text  # its last slot
     logit_N2V = model.notes_head(z_NnD[:, jnp.array([frame, -1])]).astype(jnp.float32)
     words_NV = jnp.where(is_word(jnp.arange(logit_N2V.shape[2]))[None], jax.nn.softmax(logit_N2V[:, 0]), 0)
     notes = [sure(jax.nn.softmax(logit_N2V[:, 1]), listens_N)]
@@ -180,14 +188,15 @@ def write_text(
     sampling: config.Sampling,
     forced_NS: jax.Array | None,
 ) -> tuple[cache.Ring, jax.Array, jax.Array, jax.Array]:
-    """Token by token: (ring, hidden state of the last one [N, D], tokens [N, S], logits [N, S, V])."""
+    """Token by token: (ring, hidden state that wrote the last one [N, D], tokens [N, S], logits [N, S, V])."""
     tokens, logits = [], []
     for s in range(model.layout.model_text):
+        if s:
+            x_NSD = model.embed_model_text(tokens[-1][:, None, None], slot=s - 1)[:, 0]
+            z_ND, ring = go_on(model, ring, x_NSD, time_N, model.layout.inputs + s - 1)
         logit_NV = model.text_head(z_ND)
         keys = jax.vmap(partial(jax.random.fold_in, data=s))(keys_N)
         token_N = choose(logit_NV, keys, sampling) if forced_NS is None else forced_NS[:, s]
-        x_NSD = model.embed_model_text(token_N[:, None, None], slot=s)[:, 0]
-        z_ND, ring = one_more(model, ring, x_NSD, time_N, model.layout.inputs + s)
         tokens.append(token_N)
         logits.append(logit_NV)
     return ring, z_ND, jnp.stack(tokens, axis=1), jnp.stack(logits, axis=1)
@@ -206,6 +215,8 @@ def speak(
     layout, flow = model.layout, model.model.flow
     N, frames, first = z_ND.shape[0], layout.stream.frames_per_slot, layout.inputs + layout.model_text
     silent_N = jnp.all(text_NS == IDLE, axis=1)
+    token_N = text_NS[:, -1]
+    z_ND = model.condition(z_ND, token_N)
     mels, conditions = [], []
     for s in range(layout.model_audio):
         draw = jax.vmap(lambda key, s=s: jax.random.normal(jax.random.fold_in(key, 1000 + s), (frames * MEL,)))
@@ -218,14 +229,18 @@ def speak(
         conditions.append(z_ND)
         if s + 1 < layout.model_audio:  # the last slot enters with the next tick's input, in one pass
             x_NSD = model.embed_slot_of_speech(mel_NFM, s)
-            z_ND, ring = one_more(model, ring, x_NSD, time_N, first + s)
+            if s == 0:
+                token_N1D = model.embed_model_text(token_N[:, None, None], slot=layout.model_text - 1)[:, 0]
+                x_NSD = jnp.concatenate([token_N1D, x_NSD], axis=1)
+            z_ND, ring = go_on(model, ring, x_NSD, time_N, first + s + 1 - x_NSD.shape[1])
     return jnp.concatenate(mels, axis=1), jnp.stack(conditions, axis=1), ring
 
 
-def one_more(
+def go_on(
     model: InteractionModel, ring: cache.Ring, x_NSD: jax.Array, time_N: jax.Array, slot: int
 ) -> tuple[jax.Array, cache.Ring]:
-    """One position of every session through the trunk: (hidden state [N, D], ring)."""
-    there_N1 = jnp.ones((x_NSD.shape[0], 1), bool)
-    z_NSD, ring = model.trunk.extend(x_NSD, time_N[:, None], jnp.array([slot]), there_N1, ring)
-    return z_NSD[:, 0], ring
+    """Positions of every session, from `slot` on, through the trunk: (hidden state of the last [N, D], ring)."""
+    N, S, _ = x_NSD.shape
+    time_NS, there_NS = jnp.repeat(time_N[:, None], S, axis=1), jnp.ones((N, S), bool)
+    z_NSD, ring = model.trunk.extend(x_NSD, time_NS, slot + jnp.arange(S), there_NS, ring)
+    return z_NSD[:, -1], ring

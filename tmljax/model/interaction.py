@@ -1,8 +1,9 @@
 """The interaction model: all streams of a micro-turn in one causal sequence.
 
-A position predicts the next one's content. So the last input slot predicts the first text token, that token's
-slot the next, and the last text slot is the condition of the flow head for the mel that follows it. What the model
-notes of its input on the way, the user's words and what a frame shows, it reads back in the micro-turn's last slot.
+A position predicts the next one's content. So the last input slot predicts the first text token, that token's slot
+the next. The mel that follows the text is painted from what predicted its last token and from that token itself, so
+that a tick need not pass it through the trunk first. What the model notes of its input on the way, the user's words and
+what a frame shows, it reads back in the micro-turn's last slot.
 
 Legend: B batch, T micro-turns, S slots, R slots that are not video, N frames, P positions, D d_model, V vocab,
 K notes of a micro-turn, W words for a frame, X values of a slot of mel.
@@ -86,10 +87,15 @@ class InteractionModel(nnx.Module):
         return jnp.sum(jnp.where(is_word(note_BTK)[..., None], x_BTKD, 0), axis=2)
 
     def embed_slot_of_speech(self, mel_NfM: jax.Array, slot: int) -> jax.Array:
-        """One model_audio slot alone, [N, 1, D]; `mel_NfM` has the frames of that slot."""
+        """One model_audio slot alone, not the last, [N, 1, D]; `mel_NfM` has the frames of that slot."""
         x_NSD = self.model_dmel(quantise(mel_NfM[:, None]))[:, 0]
         first = self.layout.inputs + self.layout.model_text + slot
         return (x_NSD + self.slots[first][None, None]).astype(self.model.dtype)
+
+    def condition(self, z_D: jax.Array, token: jax.Array) -> jax.Array:
+        """Of the flow head for a micro-turn's first speech slot: the state that predicted the last text token, and
+        that token."""
+        return z_D + self.tokens[...][token].astype(z_D.dtype)
 
     def _place(self, x_BTSD: jax.Array, first: int) -> jax.Array:
         slot_SD = self.slots[first : first + x_BTSD.shape[2]]
@@ -143,7 +149,8 @@ class InteractionModel(nnx.Module):
         z_BTRD, z_BNSD = self._take_frames(z_BPD, turns)
         first, texts = self.layout.inputs - self.layout.user_video, self.layout.model_text
         text_BTSV = self.text_head(z_BTRD[:, :, first - 1 : first + texts - 1])
-        condition_BTSD = z_BTRD[:, :, first + texts - 1 : -1]
+        condition_BT1D = self.condition(z_BTRD[:, :, first + texts - 2], batch["model_text"][:, :, -1])[:, :, None]
+        condition_BTSD = jnp.concatenate([condition_BT1D, z_BTRD[:, :, first + texts : -1]], axis=2)
         heard_BTV, seen_BNV = self.notes_head(z_BTRD[:, :, first - 1]), self.notes_head(z_BNSD[:, :, -1])
         return Outputs(text_BTSV, condition_BTSD, heard_BTV, seen_BNV, moe)
 

@@ -105,9 +105,12 @@ class Serving:
         return min(self.by_memory, self.by_time) * self.setting.members
 
     def passes(self) -> list[int]:
-        """Positions of each pass through the trunk, for a session: input, then token by token, slot by slot."""
+        """Positions of each pass through the trunk, for a session: input, then token by token, slot by slot; the last
+        token goes with the first slot of speech, the last slot with the next input."""
         layout = self.setting.layout
-        return [layout.inputs + 1] + [1] * (layout.model_text + layout.model_audio - 1)
+        if layout.model_audio == 1:
+            return [layout.inputs + 2] + [1] * (layout.model_text - 1)
+        return [layout.inputs + 1] + [1] * (layout.model_text - 1) + [2] + [1] * (layout.model_audio - 2)
 
     def turn(self, sessions: int) -> Turn:
         """Of so many sessions a device."""
