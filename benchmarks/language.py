@@ -50,7 +50,13 @@ class LanguageDefinition(Definition):
 
 
 def objective(
-    definition: Definition, params: Any, batch: Any, key: jax.Array, weights: config.Loss, mesh: Mesh | None
+    definition: Definition,
+    params: Any,
+    batch: Any,
+    key: jax.Array,
+    weights: config.Loss,
+    mesh: Mesh | None,
+    whole: Any = None,
 ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Routing]]:
     """`batch` is {"tokens": int32 [B, P + 1]}."""
     logit_BPV, moe = definition.bind(params)(batch["tokens"][:, :-1], mesh)

@@ -1,6 +1,7 @@
-"""What the model hears of itself in training."""
+"""What the loss counts, and what the model hears of itself in training."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from tmljax.stream import dmel
 from tmljax.stream.microturn import ABSENT, HOLD, IDLE
 from tmljax.train import objective
 from tmljax.train.objective import blur, mishear, recall
+from tmljax.train.step import accumulate
 
 B, T = 64, 20
 
@@ -47,7 +49,7 @@ def test_each_example_keeps_its_variance_and_loses_a_share_of_itself(mel_BTFM, m
 def lose(monkeypatch):
     """Metrics of one batch with this much noise; "loss/flow" is the mean of the mel that the flow head is to learn."""
     monkeypatch.setattr(objective, "MISHEARD", 0.0)
-    monkeypatch.setattr(objective, "flow_loss", lambda model, condition, mel, speaks, key: jnp.mean(mel))
+    monkeypatch.setattr(objective, "flow_loss", lambda model, condition, mel, speaks, total, key: jnp.mean(mel))
     params, batch = DEFINITION.init(jax.random.key(1)), random_batch(2)
     batch["model_mel"] = dmel.dequantise(dmel.quantise(batch["model_mel"]))  # no value on the border of two bins
 
@@ -104,7 +106,9 @@ def test_the_head_learns_the_true_odds_whatever_silence_weighs(weights):
 
     def loss(logit_V):
         logit_BTSV = jnp.broadcast_to(logit_V[None, None, None], (*target_BTS.shape, 5))
-        return objective.text_loss(logit_BTSV, target_BTS, jnp.ones((2, 10)), weights)
+        return weighted_mean(
+            objective.text_loss(logit_BTSV, target_BTS, weights), objective.text_weights(5, weights)[target_BTS]
+        )
 
     np.testing.assert_allclose(jax.grad(loss)(log_odds_V), 0, atol=1e-3)
     assert jnp.abs(jax.grad(loss)(log_odds_V.at[IDLE].add(0.7))).max() > 0.05
@@ -119,6 +123,34 @@ def test_only_frames_that_somebody_described_teach():
     others["seen"][:, 4:] = 7
     assert run(batch) == run(others) > 0
     assert run(batch | {"seen": np.full_like(batch["seen"], ABSENT)}) == 0
+
+
+def test_micro_batches_make_the_loss_of_the_whole(monkeypatch):
+    """Though one of them has all the words and the other all the frames: the mean of two means would be another."""
+    monkeypatch.setattr(objective, "MISHEARD", 0.0)
+    monkeypatch.setattr(objective, "matching_loss", lambda velocity, x, noise, time: jnp.ones_like(x[..., 0]))
+    model = replace(
+        DEFINITION.model,
+        flow=replace(DEFINITION.model.flow, feedback_noise=0.0),
+        moe=replace(DEFINITION.model.moe, z_loss=0.0),  # of routing, a mean of its own over positions
+    )
+    definition, batch = replace(DEFINITION, model=model), random_batch(4)
+    batch["model_text"][::2, 3:] = IDLE
+    batch["user_present"][1::2], batch["video_present"][::2], batch["valid"][1::2, 11:] = False, False, False
+    params = definition.init(jax.random.key(1))
+
+    def lose(trained, routing, batch, key, whole=None):
+        return objective.objective(definition, trained, batch, key, config.Loss(), whole=whole)
+
+    run = jax.jit(partial(accumulate, lose), static_argnums=0)
+    (whole, (metrics, *_)), grads = run(1, params, None, batch, jax.random.key(3))
+    (loss, (split_metrics, *_)), split_grads = run(2, params, None, batch, jax.random.key(3))
+    assert metrics["loss/flow"] == pytest.approx(1)
+    assert loss == pytest.approx(float(whole), rel=1e-5)
+    for name in ("loss/text", "loss/heard", "loss/seen", "loss/flow"):
+        assert split_metrics[name] == pytest.approx(float(metrics[name]), rel=1e-5)
+    for a, b in zip(jax.tree.leaves(split_grads), jax.tree.leaves(grads), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
 
 
 def test_recall_finds_words_among_the_likeliest_as_many():

@@ -15,7 +15,7 @@ from tmljax.train.state import create_state
 from tmljax.train.step import make_program
 
 
-def noiseless(definition, params, batch, key, weights, mesh=None):
+def noiseless(definition, params, batch, key, weights, mesh=None, whole=None):
     """The toy objective, with nothing drawn: the mean over a batch is the mean over its parts."""
     batch = batch | {"y": batch["y"] - 0.01 * jax.random.uniform(key, batch["y"].shape)}
     return toy.objective(definition, params, batch, key, weights, mesh)
@@ -46,7 +46,7 @@ def test_a_batch_with_nan_changes_nothing_but_the_counts():
 
 
 def test_an_infinite_gradient_of_a_finite_loss_is_skipped_too():
-    def cliff(definition, params, batch, key, weights, mesh=None):
+    def cliff(definition, params, batch, key, weights, mesh=None, whole=None):
         _, aux = toy.objective(definition, params, batch, key, weights, mesh)
         return jnp.sum(jnp.sqrt(params["bias"])), aux  # 0 with slope infinity
 

@@ -64,7 +64,7 @@ class Routing(NamedTuple):
     dropped: jax.Array
 
 
-def objective(definition, params, batch, key, weights, mesh=None):
+def objective(definition, params, batch, key, weights, mesh=None, whole=None):
     x_BD = batch["x"] @ params["enter"]
     loads = []
     for layer in range(L):

@@ -28,6 +28,15 @@ class Routing(NamedTuple):
     dropped: jax.Array  # assignments without room in this batch
 
 
+class Counts(NamedTuple):
+    """What each target counts: the terms of the loss are means by these."""
+
+    text_BTS: jax.Array
+    heard_BT: jax.Array
+    seen_BNS: jax.Array
+    flow_BT: jax.Array
+
+
 def objective(
     definition: Definition,
     params: Params,
@@ -35,16 +44,19 @@ def objective(
     key: jax.Array | None,
     weights: config.Loss,
     mesh: Mesh | None = None,
+    whole: Batch | None = None,
 ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Routing]]:
     """Returns the loss and (metrics, routing). Every metric is a float32 scalar; `loss/*` terms are unweighted.
 
     Without a key it is that of held-out data: the model hears its own speech unblurred, as when it is used, and the
-    noise of the flow is the same each time. But it reads true notes, where it will have its own.
+    noise of the flow is the same each time. But it reads true notes, where it will have its own. Of a micro-batch of
+    the `whole`, terms are such that their mean over micro-batches is that of the whole, wherever its targets lie.
     """
     model = definition.bind(params)
     k_feedback, k_words, k_flow = jax.random.split(jax.random.key(0) if key is None else key, 3)
     target_BTS = batch["model_text"]
     speaks_BT = jnp.any(target_BTS != IDLE, axis=2)
+    counts, totals = count_targets(definition, batch, weights), count_all(definition, batch, whole, weights)
     fed_back = {name: batch[name] for name in ("model_mel", "heard")}
     if key is not None:
         fed_back = {
@@ -54,20 +66,12 @@ def objective(
     out = model(batch | fed_back, mesh)
     valid_BT = batch["valid"].astype(jnp.float32)
 
-    text = text_loss(out.text_BTSV, target_BTS, valid_BT, weights)
-
-    heard_BT = batch["heard"]  # ABSENT where nobody wrote down what the user said
-    listens_BT = valid_BT * batch["user_present"] * (heard_BT != ABSENT)
-    kind_BT = jnp.where(heard_BT == IDLE, weights.idle, 1.0)
-    heard = weighted_mean(cross_entropy(out.heard_BTV, heard_BT), kind_BT * listens_BT)
-
-    seen_BNS = batch["seen"]  # ABSENT where nobody wrote down what the frame shows
-    every = definition.stream.video_every
-    looks_BNS = (seen_BNS != ABSENT) * (valid_BT[:, ::every] * batch["video_present"])[..., None]
+    heard_BT, seen_BNS = batch["heard"], batch["seen"]
     seen_BNSV = jnp.broadcast_to(out.seen_BNV[:, :, None], (*seen_BNS.shape, out.seen_BNV.shape[-1]))
-    seen = weighted_mean(cross_entropy(seen_BNSV, seen_BNS), looks_BNS)
-
-    flow = flow_loss(model, out.condition_BTSD, batch["model_mel"], speaks_BT * valid_BT, k_flow)
+    text = share(text_loss(out.text_BTSV, target_BTS, weights), counts.text_BTS, totals["text"])
+    heard = share(cross_entropy(out.heard_BTV, heard_BT), counts.heard_BT, totals["heard"])
+    seen = share(cross_entropy(seen_BNSV, seen_BNS), counts.seen_BNS, totals["seen"])
+    flow = flow_loss(model, out.condition_BTSD, batch["model_mel"], counts.flow_BT, totals["flow"], k_flow)
 
     router_z = jnp.sum(out.moe.z_loss)
     total = text + weights.flow * flow + weights.notes * (heard + seen)
@@ -82,19 +86,50 @@ def objective(
         "loss/router_z": router_z,
         "text/word_accuracy": accuracy(out.text_BTSV, target_BTS, word_BTS * valid_BT[..., None]),
         "text/idle_accuracy": accuracy(out.text_BTSV, target_BTS, (target_BTS == IDLE) * valid_BT[..., None]),
-        "heard/word_accuracy": accuracy(out.heard_BTV, heard_BT, (heard_BT != IDLE) * listens_BT),
-        "seen/word_accuracy": recall(seen_BNSV, seen_BNS, (seen_BNS != IDLE) * looks_BNS),
+        "heard/word_accuracy": accuracy(out.heard_BTV, heard_BT, (heard_BT != IDLE) * (counts.heard_BT > 0)),
+        "seen/word_accuracy": recall(seen_BNSV, seen_BNS, (seen_BNS != IDLE) * counts.seen_BNS),
     }
     return total, (metrics, Routing(out.moe.load_E, jnp.sum(out.moe.dropped)))
 
 
-def text_loss(logit_BTSV: jax.Array, target_BTS: jax.Array, valid_BT: jax.Array, weights: config.Loss) -> jax.Array:
-    """Cross-entropy, silence and "still speaking" weighing less than words. What weighs less is learnt as if rarer:
-    shifting the logits by as much leaves the head the true odds to serve from (logit adjustment, arXiv 2007.07314).
+def count_targets(definition: Definition, batch: Batch, weights: config.Loss) -> Counts:
+    valid_BT, every = batch["valid"].astype(jnp.float32), definition.stream.video_every
+    text_BTS = text_weights(definition.stream.vocab_size, weights)[batch["model_text"]] * valid_BT[..., None]
+    heard_BT = batch["heard"]  # ABSENT where nobody wrote down what the user said
+    listens_BT = valid_BT * batch["user_present"] * (heard_BT != ABSENT)
+    seen_BNS = batch["seen"]  # ABSENT where nobody wrote down what the frame shows
+    looks_BNS = (seen_BNS != ABSENT) * (valid_BT[:, ::every] * batch["video_present"])[..., None]
+    speaks_BT = jnp.any(batch["model_text"] != IDLE, axis=2)
+    return Counts(
+        text_BTS, jnp.where(heard_BT == IDLE, weights.idle, 1.0) * listens_BT, looks_BNS, speaks_BT * valid_BT
+    )
+
+
+def count_all(definition: Definition, batch: Batch, whole: Batch | None, weights: config.Loss) -> dict[str, jax.Array]:
+    """What all targets of each term count together, on average of the micro-batches of the whole."""
+    whole = batch if whole is None else whole
+    text_BTS, heard_BT, seen_BNS, flow_BT = count_targets(definition, whole, weights)
+    flow_B = jnp.minimum(jnp.sum(flow_BT, axis=1), picks(definition.model.flow, flow_BT.shape[1]))
+    totals = {"text": text_BTS, "heard": heard_BT, "seen": seen_BNS, "flow": flow_B}
+    return {name: jnp.sum(count) * len(batch["valid"]) / len(whole["valid"]) for name, count in totals.items()}
+
+
+def share(value: jax.Array, count: jax.Array, total: jax.Array) -> jax.Array:
+    """Of a mean by `count`, which adds up to `total`; 0 where nothing counts."""
+    return jnp.sum(value * count) / jnp.maximum(total, 1e-6)
+
+
+def text_weights(vocab_size: int, weights: config.Loss) -> jax.Array:
+    """float32 [V]: silence and "still speaking" weigh less than words."""
+    return jnp.ones(vocab_size).at[IDLE].set(weights.idle).at[HOLD].set(weights.hold)
+
+
+def text_loss(logit_BTSV: jax.Array, target_BTS: jax.Array, weights: config.Loss) -> jax.Array:
+    """Cross-entropy of each token. What weighs less in its mean is learnt as if rarer: shifting the logits by as much
+    leaves the head the true odds to serve from (logit adjustment, arXiv 2007.07314).
     """
-    weight_V = jnp.ones(logit_BTSV.shape[-1]).at[IDLE].set(weights.idle).at[HOLD].set(weights.hold)
-    loss_BTS = cross_entropy(logit_BTSV + jnp.log(weight_V)[None, None, None], target_BTS)
-    return weighted_mean(loss_BTS, weight_V[target_BTS] * valid_BT[..., None])
+    shift_V = jnp.log(text_weights(logit_BTSV.shape[-1], weights))
+    return cross_entropy(logit_BTSV + shift_V[None, None, None], target_BTS)
 
 
 def blur(mel_BTFM: jax.Array, speaks_BT: jax.Array, most: float, key: jax.Array) -> jax.Array:
@@ -121,31 +156,41 @@ def mishear(heard_BT: jax.Array, share: float, key: jax.Array) -> jax.Array:
 
 @jax.named_scope("flow")
 def flow_loss(
-    model: InteractionModel, condition_BTSD: jax.Array, mel_BTFM: jax.Array, speaks_BT: jax.Array, key: jax.Array
+    model: InteractionModel,
+    condition_BTSD: jax.Array,
+    mel_BTFM: jax.Array,
+    speaks_BT: jax.Array,
+    total: jax.Array,
+    key: jax.Array,
 ) -> jax.Array:
     """Flow matching where the model speaks (`speaks_BT` is 1 or 0); where it is silent the decoder needs no head.
 
     A step takes a random `share` of each example's micro-turns, speaking ones first, and several (noise, time) draws
-    of each (MAR, arXiv 2406.11838: the head is small against the trunk).
+    of each (MAR, arXiv 2406.11838: the head is small against the trunk). `total` of those taken speak.
     """
     k_pick, k_noise, k_time = jax.random.split(key, 3)
     flow, (B, T, S, _) = model.model.flow, condition_BTSD.shape
-    picks = max(1, round(flow.share * T))
+    t = picks(flow, T)
     score_BT = speaks_BT + 0.5 * jax.random.uniform(k_pick, (B, T))
-    _, pick_Bt = jax.lax.top_k(score_BT, picks)
-    take = lambda x: jnp.take_along_axis(x, pick_Bt.reshape(B, picks, *(1,) * (x.ndim - 2)), axis=1)  # noqa: E731
+    _, pick_Bt = jax.lax.top_k(score_BT, t)
+    take = lambda x: jnp.take_along_axis(x, pick_Bt.reshape(B, t, *(1,) * (x.ndim - 2)), axis=1)  # noqa: E731
 
     condition_BtSD = take(condition_BTSD)
-    target_BtSX = normalise(take(mel_BTFM)).reshape(B, picks, S, -1)
+    target_BtSX = normalise(take(mel_BTFM)).reshape(B, t, S, -1)
     noise = jax.random.normal(k_noise, (flow.draws, *target_BtSX.shape))
-    time = jax.random.uniform(k_time, (flow.draws, B, picks, S))
+    time = jax.random.uniform(k_time, (flow.draws, B, t, S))
     error = matching_loss(
         lambda x, t: model.flow_head.endpoint(condition_BtSD[None], x, t),
         jnp.broadcast_to(target_BtSX, noise.shape),
         noise,
         time,
     )
-    return weighted_mean(jnp.mean(error, axis=(0, 3)), take(speaks_BT))
+    return share(jnp.mean(error, axis=(0, 3)), take(speaks_BT), total)
+
+
+def picks(flow: config.Flow, microturns: int) -> int:
+    """Micro-turns of an example that a step takes for the flow head."""
+    return max(1, round(flow.share * microturns))
 
 
 def accuracy(logit_V: jax.Array, target: jax.Array, weight: jax.Array) -> jax.Array:

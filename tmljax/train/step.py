@@ -31,7 +31,8 @@ class Routing(Protocol):
     dropped: jax.Array  # number of assignments
 
 
-# (definition, params, batch, key or None, loss weights, mesh) -> (loss, (metrics, Routing))
+# (definition, params, batch, key or None, loss weights, mesh, whole) -> (loss, (metrics, Routing)); of `whole`, where
+# it is given, `batch` is a micro-batch.
 Objective = Callable[..., tuple[jax.Array, tuple[Metrics, Routing]]]
 
 
@@ -71,9 +72,10 @@ def lose_batch(
     routing: Any,
     batch: Batch,
     key: jax.Array | None,
+    whole: Batch | None = None,
 ) -> tuple[jax.Array, tuple[Metrics, Routing]]:
     """The objective as a function of what gradients train; without a key, that of held-out data."""
-    return objective(definition, join(trained, routing), batch, key, experiment.loss, mesh)
+    return objective(definition, join(trained, routing), batch, key, experiment.loss, mesh, whole)
 
 
 def evaluate_batch(lose: Callable[..., Any], params: Any, batch: Batch) -> Metrics:
@@ -124,8 +126,9 @@ def accumulate(
     """((loss, (metrics, load_LE, dropped)), gradients): means over micro-batches, and the sum of what was dropped."""
     differentiate = jax.value_and_grad(lose, has_aux=True)
 
-    def one(batch: Batch, key: jax.Array) -> Any:
-        (loss, (metrics, report)), grads = differentiate(trained, routing, batch, key)
+    def one(micro_batch: Batch, key: jax.Array) -> Any:
+        whole = None if micro_batches == 1 else batch
+        (loss, (metrics, report)), grads = differentiate(trained, routing, micro_batch, key, whole)
         return (loss, (metrics, report.load_LE, report.dropped)), grads
 
     if micro_batches == 1:
