@@ -17,6 +17,7 @@ files is told at once.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import math
@@ -74,6 +75,9 @@ def parse_manifests(text: str) -> dict[str, float]:
             raise UserError(f"config.data.recordings: the weight of {path} must be a number from 0 up, got {weight}")
         if path in weights:
             raise UserError(f"config.data.recordings names {path} twice")
+        if value == 0 and path != SYNTHETIC and not Path(path).exists():
+            near = f"; did you mean {SYNTHETIC}:0?" if difflib.get_close_matches(path, [SYNTHETIC]) else ""
+            raise UserError(f"config.data.recordings leaves out {path}, which does not exist{near}")
         weights[path] = value
     return weights
 
@@ -242,9 +246,12 @@ def open_video(recording: Recording, stream: Stream) -> np.ndarray:
     try:
         frames = np.load(path, mmap_mode="r", allow_pickle=False)
         if isinstance(frames, np.lib.npyio.NpzFile):
+            if len(frames.files) != 1:
+                raise UserError(f"{recording.where}: {path} must hold one array, it has {len(frames.files)}")
             frames = frames[frames.files[0]]
-    except (OSError, EOFError, ValueError, IndexError, zipfile.BadZipFile, zlib.error) as e:
-        raise UserError(f"{recording.where}: cannot read the video {path}: {_reason(e)}") from None
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as e:
+        reason = "it is no .npy or .npz file of numbers" if "pickle" in str(e) else _reason(e)
+        raise UserError(f"{recording.where}: cannot read the video {path}: {reason}") from None
     wanted = (stream.video_height, stream.video_width, 3)
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1:] != wanted:
         raise UserError(

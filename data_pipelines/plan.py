@@ -52,6 +52,8 @@ def mixture(experiment: Experiment) -> dict[str, float]:
     total = sum(wanted.values())
     if total <= 0:
         raise UserError("config.data.mixture has no family with a positive weight")
+    if not math.isfinite(total):
+        raise UserError("config.data.mixture has weights whose sum is more than a number can be; make them smaller")
     return {family: wanted[family] / total for family in FAMILIES if wanted.get(family, 0) > 0}
 
 

@@ -198,6 +198,7 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
         ({"xyz": 1.0}, "the families are turn_taking"),
         ({"pause": -1.0}, "0 or more"),
         ({"pause": 0.0}, "positive"),
+        ({"pause": 1e308, "no_answer": 1e308}, "make them smaller"),
     ],
 )
 def test_an_impossible_mixture_is_an_error(tmp_path, mixture, message):

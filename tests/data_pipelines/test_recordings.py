@@ -211,6 +211,17 @@ def hollow(folder: Path) -> str:
     return write_recording(folder, video="v.npy")
 
 
+def scribble(folder: Path) -> str:
+    (folder / "v.npy").write_text("frames follow by mail\n")
+    return write_recording(folder, video="v.npy")
+
+
+def pair(folder: Path) -> str:
+    frames = np.zeros((3, 40, 40, 3), np.uint8)
+    np.savez(folder / "v.npz", left=frames, right=frames)
+    return write_recording(folder, video="v.npz")
+
+
 def show(shape: tuple[int, ...], dtype: type = np.uint8):
     def apply(folder: Path) -> str:
         np.save(folder / "v.npy", np.zeros(shape, dtype))
@@ -246,6 +257,8 @@ BAD = {
     "typed too late": (lambda folder: write_recording(folder, typed=[["x", 9]]), r"typed\[0\] must be"),
     "no video": (lambda folder: write_recording(folder, video="v.npy"), r":1: cannot read the video .*v\.npy"),
     "video without a byte": (hollow, r":1: cannot read the video .*v\.npy: "),
+    "video that is a text": (scribble, r":1: cannot read the video .*v\.npy: it is no \.npy"),
+    "two videos in one file": (pair, r":1: .*v\.npz must hold one array, it has 2"),
     "video of another size": (show((3, 20, 20, 3)), r":1: .*v\.npy is uint8 \[3, 20, 20, 3\]"),
     "video of floats": (show((3, 40, 40, 3), np.float32), r":1: .*v\.npy is float32"),
     "video at another rate": (show((75, 40, 40, 3)), r":1: .*v\.npy has 75 frames; 3\.00 s take at most 8"),
@@ -285,7 +298,8 @@ def test_lists_of_manifests_and_their_weights() -> None:
     assert manifest.parse_manifests("") == {}
     assert manifest.parse_manifests("a.jsonl:0.5, dir/b.jsonl") == {"a.jsonl": 0.5, "dir/b.jsonl": 1.0}
     assert manifest.parse_manifests("C:/a.jsonl:2,synthetic:0") == {"C:/a.jsonl": 2.0, "synthetic": 0.0}
-    for text, pattern in (("a:-1", "weight of a"), ("a:nan", "weight of a"), ("a:1,a:2", "twice")):
+    refused = (("a:-1", "weight of a"), ("a:nan", "weight of a"), ("a:1,a:2", "twice"), ("synthtic:0", "synthetic:0"))
+    for text, pattern in refused:
         with pytest.raises(UserError, match=pattern):
             manifest.parse_manifests(text)
 

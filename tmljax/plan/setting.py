@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType
 
-from tmljax.config import Experiment
+from tmljax.config import Experiment, UserError
 from tmljax.model.interaction import Definition
 from tmljax.plan.hardware import Slice
 from tmljax.sharding import AXES, BATCH_AXES, check_platform, check_sizes, fill, members
@@ -109,6 +109,10 @@ class Setting:
 def settle(experiment: Experiment, where: Slice) -> Setting:
     """Raises UserError where the mesh does not make up the slice, the batch or the model does not divide over it, or
     its chips lack what the config asks for."""
+    if experiment.mesh.slices != 1:
+        raise UserError(
+            f"config.mesh.slices={experiment.mesh.slices}: a plan is of one slice; set config.mesh.slices=1"
+        )
     setting = Setting(experiment, where, fill(experiment.mesh, where.devices))
     check_sizes(experiment, setting.axes)
     check_platform(experiment.model, setting.axes, "tpu" if where.compiles else "gpu")
