@@ -43,6 +43,7 @@ class Attention(nnx.Module):
         self.norm = constant((D,), ("embed",), 1.0)
         self.q = dense(rngs, (D, H * h), ("embed", "heads"), fan_in=D)
         self.k = dense(rngs, (D, K * h), ("embed", "kv_heads"), fan_in=D)
+        self.q[...] = resemble(self.q[...], self.k[...], self.shape)
         self.v = dense(rngs, (D, K * h), ("embed", "kv_heads"), fan_in=D)
         self.out = dense(rngs, (H * h, D), ("heads", "embed"), fan_in=H * h, gain=(2 * model.layers) ** -0.5)
         self.q_norm = constant((h,), ("small",), 1.0)
@@ -60,6 +61,14 @@ class Attention(nnx.Module):
         k_BPKh = rotate(rms_norm(k_BPKh, self.k_norm[...]), time_BP)
         out_BPHh = look(q_BPHh, k_BPKh, v_BPKh, self.sink[...])
         return jnp.dot(out_BPHh.reshape(B, P, H * h), weight(self.out))
+
+
+def resemble(q_DX: jax.Array, k_DY: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
+    """Queries whose variance comes half from their keys: at first a position attends to what is like it, and looking
+    things up starts from there (after mimetic initialisation, arXiv 2305.09828)."""
+    H, K, h = shape
+    q_DKGh, k_DK1h = q_DX.reshape(-1, K, H // K, h), k_DY.reshape(-1, K, 1, h)
+    return (0.5**0.5 * (q_DKGh + k_DK1h)).reshape(q_DX.shape)
 
 
 EXCHANGES = {"padded": dispatch.padded, "ragged": dispatch.ragged, "gathered": dispatch.gathered}
