@@ -26,8 +26,8 @@ COLOURS = ("red", "green", "blue", "yellow", "white", "black", "purple", "orange
 ANIMALS = ("tiger", "monkey", "rabbit", "elephant", "horse", "camel", "dolphin", "chicken")
 THINGS = ("window", "guitar", "banana", "pencil", "river", "mountain", "coffee", "garden")
 WORDS = COLOURS + ANIMALS + THINGS
-SPELLED = ("cat", "dog", "sun", "hat", "pig", "cup", "fox", "bed", "milk", "bird", "fish", "moon")
-NAMES = ("anna", "peter", "maria", "david")
+SPELLED = ("lion", "zebra", "lemon", "robot", "piano", "music", "sugar", "milk", "bird", "fish", "moon", "queen")
+NAMES = ("alexander", "barbara", "jessica", "dominic")
 FACTS = {"colour": COLOURS, "animal": ANIMALS, "number": NUMBERS[1:11]}
 OPENINGS = ("please", "okay", "now", "hey", "so", "well")
 FILLERS = ("um", "uh")
@@ -181,7 +181,7 @@ SPELL = (
 
 def spelling(rng: Rng) -> Request:
     word = choose(rng, SPELLED)
-    return request(choose(rng, SPELL), f"{word} is spelled {' '.join(word)}", list(word), w=(word, SPELLED))
+    return request(choose(rng, SPELL), f"you spell it {' '.join(word)}", list(word), w=(word, SPELLED))
 
 
 STATE = (

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from data_pipelines.scenarios.language import WORDS, Rng, choose, draw_filled
+from data_pipelines.scenarios.language import ANIMALS, COLOURS, THINGS, Rng, choose, draw_filled
 from data_pipelines.scenarios.stage import Stage
 from data_pipelines.score import Score, boundary
 
@@ -26,13 +26,13 @@ APART = 4  # items from one cue to the next
 
 def compose(stage: Stage) -> Score:
     rng = stage.rng
-    said, values = draw_filled(rng, stage.split, ORDERS, x=WORDS, y=WORDS)
+    said, values = draw_filled(rng, stage.split, ORDERS, x=ANIMALS, y=COLOURS)
     cue, wanted = values["x"], values["y"]
     stage.turn(said)
     stage.reply(f"okay {cue} then {wanted}", ())
     stage.rest(0.4, 0.9)
     cues = int(rng.choice(4, p=(0.10, 0.20, 0.40, 0.30)))
-    others = [str(w) for w in rng.permutation(WORDS) if w not in (cue, wanted)]
+    others = [str(w) for w in rng.permutation(ANIMALS + THINGS) if w != cue]
     items = others[: int(rng.integers(*((9, 12) if cues < 3 else (11, 13))))]
     for place in _places(rng, len(items), cues):
         items[place] = cue
