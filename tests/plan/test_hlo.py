@@ -65,11 +65,30 @@ def test_collectives(program):
     found = {c.operation: (c.bytes, hlo.axis_of(c.members, AXES), c.times, c.waits) for c in program.collectives()
              if c.times > 1}  # fmt: skip
     assert found == {
-        "all-gather": (16 * 4 * 2, "expert", 3, False),
+        "all-gather": (16 * 4 * 2, "expert", 3, True),
         "reduce-scatter": (16 * 8 * 4, "fsdp", 3, True),
     }
     (once,) = [c for c in program.collectives() if c.times == 1]
     assert (once.bytes, hlo.axis_of(once.members, AXES), once.waits) == (12 * 8 * 4 * 2, "fsdp+expert", True)
+
+
+@pytest.mark.parametrize(
+    ("between", "waits"),
+    [
+        ("%p = f32[8,8]{1,0} dot(%a, %a)", False),
+        ("%p = f32[8,8]{1,0} fusion(%a), kind=kOutput, calls=%multiplies", False),
+        ("%p = f32[8,8]{1,0} fusion(%a), kind=kLoop, calls=%fused", True),
+    ],
+)
+def test_what_runs_beside_nothing_is_waited_for(between, waits):
+    """Begun early or not: a collective is hidden where a product runs before its end."""
+    done = "  %gather-done"
+    text = TEXT.replace(done, f"  {between}\n{done}").replace(
+        "%body (b", "%multiplies (m: f32[8,8]) -> f32[8,8] {\n  %m = f32[8,8]{1,0} parameter(0)\n"
+        "  ROOT %d = f32[8,8]{1,0} convolution(%m, %m)\n}\n\n%body (b"
+    )  # fmt: skip
+    (gather,) = [c for c in hlo.read(text).collectives() if c.operation == "all-gather" and c.times == 3]
+    assert gather.waits == waits
 
 
 def test_traffic_counts_slices_for_their_size_and_nothing_that_stays_on_chip(program):

@@ -118,7 +118,7 @@ class Program:
                     max((a.shape for a in instruction.results), key=math.prod, default=()),
                     first_group(instruction.rest),
                     times,
-                    waits=not (starts or self.is_hidden(name)),
+                    waits=not (self.is_hidden(name) or (starts and self.covers(name, instruction))),
                     name=f"{name}/{instruction.name}",
                     source=source[1] if source else "",
                 )
@@ -143,6 +143,17 @@ class Program:
         each product that it goes on under, and at its end."""
         root = next((i for i in self.computations[computation] if i.root), None)
         return computation.startswith(STEP) or (root is not None and "AsyncCollectiveDone" in root.rest)
+
+    def covers(self, computation: str, start: Instruction) -> bool:
+        """Whether a product or a kernel runs between the start of a collective and its end."""
+        after = False
+        for i in self.computations[computation]:
+            if i.kind.endswith("-done") and start.name in i.operands:
+                return False
+            if after and (PRODUCTS & {i.kind, *(j.kind for c in i.called for j in self.computations.get(c, ()))}):
+                return True
+            after |= i is start
+        return False
 
     def is_hidden(self, computation: str) -> bool:
         return computation in self._asynchronous or STEP in computation
@@ -199,6 +210,7 @@ class Program:
 
 
 STEP = "async_collective_fusion"
+PRODUCTS = {"dot", "convolution", "custom-call"}
 LOOPS = ("while", "call", "conditional")
 SLICES = ("dynamic-slice", "slice", "gather")
 
