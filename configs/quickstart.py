@@ -17,20 +17,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.name = "quickstart"
     config.data.train_hours = 16.0
     config.data.test_per_family = 24
-    # When to speak comes before what to say at a cue: more of the first, less of the second than by default.
-    config.data.mixture = {
-        "turn_taking": 0.24,
-        "pause": 0.10,
-        "self_correction": 0.06,
-        "interruption": 0.08,
-        "user_backchannel": 0.05,
-        "model_backchannel": 0.04,
-        "verbal_cue": 0.08,
-        "no_answer": 0.18,
-        "visual_cue": 0.08,
-        "visual_question": 0.05,
-        "typed_text": 0.04,
-    }
     config.train.steps = 900
     config.optimizer.warmup = 80
     config.train.save_every = 100

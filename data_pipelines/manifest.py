@@ -250,7 +250,9 @@ def open_video(recording: Recording, stream: Stream) -> np.ndarray:
                 raise UserError(f"{recording.where}: {path} must hold one array, it has {len(frames.files)}")
             frames = frames[frames.files[0]]
     except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as e:
-        reason = "it is no .npy or .npz file of numbers" if "pickle" in str(e) else _reason(e)
+        reason = (
+            "it is no .npy or .npz file of numbers" if isinstance(e, ValueError) and "pickle" in str(e) else _reason(e)
+        )
         raise UserError(f"{recording.where}: cannot read the video {path}: {reason}") from None
     wanted = (stream.video_height, stream.video_width, 3)
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1:] != wanted:

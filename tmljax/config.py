@@ -113,7 +113,7 @@ class Optimizer:
     b1: float = 0.9
     b2: float = 0.95
     clip: float = 1.0  # global gradient norm
-    accumulate: int = 1  # micro-batches a step; the loss and its gradients are those of the whole batch
+    accumulate: int = 1  # micro-batches a step; terms of the loss are means over the whole batch, accuracies of means
 
 
 @dataclass(frozen=True)

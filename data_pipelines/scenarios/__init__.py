@@ -43,7 +43,7 @@ SECONDS: dict[str, float] = {
     "interruption": 10.3,
     "user_backchannel": 10.8,
     "model_backchannel": 11.2,
-    "verbal_cue": 11.3,
+    "verbal_cue": 11.4,
     "no_answer": 10.2,
     "visual_cue": 10.8,
     "visual_question": 10.0,

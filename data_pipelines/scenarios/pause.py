@@ -6,10 +6,12 @@ from data_pipelines.scenarios.language import FILLERS, Request, any_kind, choose
 from data_pipelines.scenarios.stage import Stage
 from data_pipelines.score import Score
 
+SHORT = 6.5  # seconds, as `stage.SHORT`: an exchange with a pause takes longer
+
 
 def compose(stage: Stage) -> Score:
     stage_pause(stage)
-    while stage.clock < 6.5:
+    while stage.clock < SHORT:
         stage.rest(0.4, 1.2)
         if stage.rng.random() < 0.6:
             stage_pause(stage)

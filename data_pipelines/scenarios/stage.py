@@ -19,7 +19,7 @@ from tmljax.stream.record import Word
 
 GAP = 0.2  # seconds of silence that the model waits for at least, or of speech before it notices
 STOP = 0.4  # seconds of speech after which it gives way
-SHORT = 8.2  # seconds; a session that has come no further has room for another exchange in an example of 12 s
+SHORT = 8.2  # seconds; after another exchange a session that has come no further mostly still fits 12 s
 ROOMS = 16
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
-import numpy as np
+from itertools import combinations, pairwise
 
 from data_pipelines.scenarios.language import ANIMALS, COLOURS, THINGS, Rng, choose, draw_filled
 from data_pipelines.scenarios.stage import Stage
@@ -21,7 +19,7 @@ ORDERS = (
 LEADS = ("i have the", "i see the", "there is the", "i can see the", "i want the", "here is the")
 HEAR = 0.4  # seconds after the cue in which the model notices
 LATE = 1.2  # seconds after the cue in which the answer counts
-APART = 4  # items from one cue to the next
+APART = 5  # items at least from one cue to the next: an answer a second and a half late meets no other cue
 
 
 def compose(stage: Stage) -> Score:
@@ -31,15 +29,15 @@ def compose(stage: Stage) -> Score:
     stage.turn(said)
     stage.reply(f"okay {cue} then {wanted}", ())
     stage.rest(0.4, 0.9)
-    cues = int(rng.choice(4, p=(0.10, 0.20, 0.40, 0.30)))
     others = [str(w) for w in rng.permutation(ANIMALS + THINGS) if w != cue]
-    items = others[: int(rng.integers(*((9, 12) if cues < 3 else (11, 13))))]
+    cues = int(rng.choice(3, p=(0.15, 0.45, 0.40)))
+    items = others[: int(rng.integers(*((8, 11) if cues < 2 else (10, 13))))]
     for place in _places(rng, len(items), cues):
         items[place] = cue
     listed = stage.turn(f"{choose(rng, LEADS)} " + " and ".join(items))
     quiet = listed.start  # since when nothing has been due
     for end in (w.end for w in listed.words if w.text == cue):
-        if quiet < end:
+        if end - quiet >= 1:  # a word more or less in a shorter silence says little
             stage.expect_silence(quiet, end)
         expected = {"kind": "cue", "modality": "verbal", "window": [round(end, 3), round(end + LATE, 3)]}
         stage.truth.append({**expected, "content": [wanted]})
@@ -50,9 +48,7 @@ def compose(stage: Stage) -> Score:
     return stage.score("verbal_cue", (0.6, 0.9))
 
 
-def _places(rng: Rng, items: int, cues: int) -> list[int]:
-    """Where in a list the cues are: neither first nor last, and far enough apart to be answered one by one."""
-    while True:
-        places = sorted(int(i) for i in rng.choice(np.arange(1, items - 1), cues, replace=False))
-        if all(later - earlier >= APART for earlier, later in pairwise(places)):
-            return places
+def _places(rng: Rng, items: int, cues: int) -> tuple[int, ...]:
+    """Where in a list the cues are, as likely anywhere: but neither first nor last, and APART."""
+    possible = [p for p in combinations(range(1, items - 1), cues) if all(b - a >= APART for a, b in pairwise(p))]
+    return choose(rng, possible)

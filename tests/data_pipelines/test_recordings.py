@@ -257,6 +257,10 @@ BAD = {
     "typed too late": (lambda folder: write_recording(folder, typed=[["x", 9]]), r"typed\[0\] must be"),
     "no video": (lambda folder: write_recording(folder, video="v.npy"), r":1: cannot read the video .*v\.npy"),
     "video without a byte": (hollow, r":1: cannot read the video .*v\.npy: "),
+    "no video in a folder of pickles": (
+        lambda folder: write_recording(folder, video="pickles/v.npy"),
+        r":1: cannot read the video .*pickles/v\.npy: No such file",
+    ),
     "video that is a text": (scribble, r":1: cannot read the video .*v\.npy: it is no \.npy"),
     "two videos in one file": (pair, r":1: .*v\.npz must hold one array, it has 2"),
     "video of another size": (show((3, 20, 20, 3)), r":1: .*v\.npy is uint8 \[3, 20, 20, 3\]"),

@@ -8,8 +8,9 @@ import pytest
 
 from data_pipelines.scenarios import FAMILIES, SECONDS
 from data_pipelines.scenarios.interruption import CALLS
-from data_pipelines.scenarios.language import BACKCHANNELS, FILLERS, WORDS
+from data_pipelines.scenarios.language import ANIMALS, BACKCHANNELS, COLOURS, FILLERS
 from data_pipelines.scenarios.stage import Stage
+from data_pipelines.scenarios.verbal_cue import APART, _places
 from data_pipelines.score import Score, Speech
 from data_pipelines.voices import MODEL, Voices, cast
 from tmljax.config import Stream
@@ -97,7 +98,7 @@ def test_the_oracle_satisfies_every_expectation(scores, family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_neither_silence_nor_lateness_satisfies(scores, family):
     """The expectations can be missed: by a model that says nothing, and by one that is late."""
-    lag = {"verbal_cue": 0.9, "visual_cue": 1.5}.get(family, 2.5)  # seconds; not so late as to meet the next cue
+    lag = 1.5 if family.endswith("_cue") else 2.5  # seconds; the next cue may come 2 s after one
     wanted = [(score, e) for score in scores[family] for e in score.truth if e["kind"] not in ("silence", "yield")]
     late = [
         oracle_satisfies(e, [Word(w.text, w.start + lag, w.end + lag) for w in said(score)])
@@ -194,11 +195,30 @@ def test_verbal_cues_are_spoken_over_the_user(scores):
         for cue in cues:
             answer = starting(said(score), *cue["window"])
             overlapped += answer[0].start < last
-            assert cue["content"][0] in WORDS
+            assert cue["content"][0] in COLOURS
             heard = [w for w in said(score, "user") if abs(w.end - cue["window"][0]) < 1e-2]
+            assert heard[-1].text in ANIMALS
             assert heard[-1].text in " ".join(w.text for w in said(score, "user")[:8])  # as it was agreed
+        assert all(b["window"][0] - a["window"][1] > 0.5 for a, b in pairwise(cues))
+        assert len({cue["content"][0] for cue in cues}) <= 1
     assert overlapped >= 8
-    assert any(not [e for e in score.truth if e["kind"] == "cue"] for score in scores["verbal_cue"])
+    assert {len([e for e in score.truth if e["kind"] == "cue"]) for score in scores["verbal_cue"]} == {0, 1, 2}
+
+
+def test_who_counts_items_meets_no_cue():
+    """Where cues are in a list does not say where the next one is."""
+    rng = np.random.default_rng(0)
+    firsts, gaps = Counter(), Counter()
+    for _ in range(2000):
+        (only,) = _places(rng, int(rng.integers(8, 11)), 1)
+        items = int(rng.integers(10, 13))
+        first, second = _places(rng, items, 2)
+        assert 1 <= first < second <= items - 2
+        firsts[only] += 1
+        gaps[second - first] += 1
+    assert min(gaps) == APART
+    assert max(gaps.values()) < 0.5 * 2000
+    assert max(firsts.values()) < 0.17 * 2000
 
 
 @pytest.mark.parametrize("stream", [Stream(), Stream(video_every=5, video_height=80, video_width=120)])

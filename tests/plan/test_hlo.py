@@ -77,7 +77,10 @@ def test_collectives(program):
     [
         ("%p = f32[8,8]{1,0} dot(%a, %a)", False),
         ("%p = f32[8,8]{1,0} fusion(%a), kind=kOutput, calls=%multiplies", False),
+        ("%p = f32[8,8]{1,0} fusion(%a), kind=kOutput, calls=%around", False),
         ("%p = f32[8,8]{1,0} fusion(%a), kind=kLoop, calls=%fused", True),
+        ('%p = f32[8,8]{1,0} custom-call(%a), custom_call_target="tpu_custom_call"', False),
+        ('%p = f32[8,8]{1,0} custom-call(%a), custom_call_target="AsyncCollectiveDone"', True),
     ],
 )
 def test_what_runs_beside_nothing_is_waited_for(between, waits):
@@ -85,7 +88,9 @@ def test_what_runs_beside_nothing_is_waited_for(between, waits):
     done = "  %gather-done"
     text = TEXT.replace(done, f"  {between}\n{done}").replace(
         "%body (b", "%multiplies (m: f32[8,8]) -> f32[8,8] {\n  %m = f32[8,8]{1,0} parameter(0)\n"
-        "  ROOT %d = f32[8,8]{1,0} convolution(%m, %m)\n}\n\n%body (b"
+        "  ROOT %d = f32[8,8]{1,0} convolution(%m, %m)\n}\n\n%around (n: f32[8,8]) -> f32[8,8] {\n"
+        "  %n = f32[8,8]{1,0} parameter(0)\n  ROOT %f = f32[8,8]{1,0} fusion(%n), kind=kOutput, calls=%multiplies\n"
+        "}\n\n%body (b"
     )  # fmt: skip
     (gather,) = [c for c in hlo.read(text).collectives() if c.operation == "all-gather" and c.times == 3]
     assert gather.waits == waits

@@ -90,6 +90,8 @@ def test_money_and_days(setting):
 def test_a_mesh_that_does_not_make_up_the_slice_is_named(small):
     with pytest.raises(config.UserError, match=r"config\.mesh"):
         settle(dataclasses.replace(small, mesh=config.Mesh(data=3)), WHERE)
+    with pytest.raises(config.UserError, match=r"config\.mesh\.slices=2: a plan is of one slice"):
+        settle(dataclasses.replace(small, mesh=config.Mesh(data=2, fsdp=-1, slices=2)), WHERE)
 
 
 def test_what_kernels_read_again(small, monkeypatch):

@@ -85,6 +85,11 @@ def test_serving_by_hand(small):
     serving = Serving(Setting(small, alone, dict.fromkeys(AXES, 1)))
     assert serving.session_bytes == 2 * 9 * 5 * 2 * 4 * 16 * 4
     assert serving.passes() == [5]  # three inputs, and what was written and said before
+    for frames_per_slot, texts, passes in ((8, 2, [5, 1]), (4, 1, [5, 2]), (4, 2, [5, 1, 2]), (2, 1, [7, 2, 1, 1])):
+        stream = dataclasses.replace(small.stream, frames_per_slot=frames_per_slot, model_text_slots=texts)
+        other = Serving(Setting(dataclasses.replace(small, stream=stream), alone, dict.fromkeys(AXES, 1)))
+        assert other.passes() == passes
+        assert sum(passes) == other.setting.layout.slots
     assert serving.by_memory == int((16e9 * 0.95 - serving.weight_bytes) / serving.session_bytes)
     turns = [serving.turn(n).seconds for n in (1, 10, 1000)]
     assert turns == sorted(turns)

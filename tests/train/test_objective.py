@@ -128,7 +128,7 @@ def test_only_frames_that_somebody_described_teach():
 def test_micro_batches_make_the_loss_of_the_whole(monkeypatch):
     """Though one of them has all the words and the other all the frames: the mean of two means would be another."""
     monkeypatch.setattr(objective, "MISHEARD", 0.0)
-    monkeypatch.setattr(objective, "matching_loss", lambda velocity, x, noise, time: jnp.ones_like(x[..., 0]))
+    monkeypatch.setattr(objective, "matching_loss", lambda endpoint, x, noise, time: jnp.ones_like(x[..., 0]))
     model = replace(
         DEFINITION.model,
         flow=replace(DEFINITION.model.flow, feedback_noise=0.0),

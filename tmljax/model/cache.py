@@ -1,7 +1,7 @@
 """The ring cache of keys and values: constant memory for a session of any length.
 
-A ring of window + 1 rows, one micro-turn each; the extra row keeps the oldest micro-turn that the previous tick's
-own speech still sees while this tick's input is written.
+A ring of window + 1 rows, one micro-turn each; the extra row keeps the oldest micro-turn that what the previous tick
+wrote and said still sees while this tick's input is written.
 
 Legend: L layers, N sessions, R ring rows, S slots, n new positions, K kv heads, h head dim.
 """

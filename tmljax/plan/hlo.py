@@ -125,16 +125,13 @@ class Program:
 
     @cached_property
     def _asynchronous(self) -> set[str]:
-        """Computations that run beside others: those an async or call-start, or a fusion of the compiler's
-        asynchronous collectives, names."""
+        """Computations that run beside products: those that an async or call-start names which one covers, or a fusion
+        of the compiler's asynchronous collectives, which it makes of products alone."""
         beside = set()
-        for instructions in self.computations.values():
+        for name, instructions in self.computations.items():
             for i in instructions:
-                if (
-                    i.kind in ("async-start", "call-start")
-                    or "async_collective" in i.name
-                    or "async-collective" in i.name
-                ):
+                begun = i.kind in ("async-start", "call-start") and self.covers(name, i)
+                if begun or "async_collective" in i.name or "async-collective" in i.name:
                     beside |= set(i.called)
         return beside
 
@@ -150,10 +147,15 @@ class Program:
         for i in self.computations[computation]:
             if i.kind.endswith("-done") and start.name in i.operands:
                 return False
-            if after and (PRODUCTS & {i.kind, *(j.kind for c in i.called for j in self.computations.get(c, ()))}):
+            if after and self.multiplies(i):
                 return True
             after |= i is start
         return False
+
+    def multiplies(self, instruction: Instruction) -> bool:
+        if instruction.kind in ("dot", "convolution") or KERNEL in instruction.rest:
+            return True
+        return any(self.multiplies(i) for called in instruction.called for i in self.computations.get(called, ()))
 
     def is_hidden(self, computation: str) -> bool:
         return computation in self._asynchronous or STEP in computation
@@ -210,7 +212,7 @@ class Program:
 
 
 STEP = "async_collective_fusion"
-PRODUCTS = {"dot", "convolution", "custom-call"}
+KERNEL = 'custom_call_target="tpu_custom_call"'
 LOOPS = ("while", "call", "conditional")
 SLICES = ("dynamic-slice", "slice", "gather")
 

@@ -1,7 +1,7 @@
 """The training objective: cross-entropy on text and on notes of what is heard and seen, flow matching on speech.
 
-Legend: B batch, T micro-turns, N frames, S slots of a stream or words of a frame, V vocab, X values of a slot of mel,
-L layers, E experts.
+Legend: B batch, T micro-turns, t those picked, N video frames, S slots of a stream or words of a frame, V vocab,
+X values of a slot of mel, F mel frames, M mel channels, D d_model, L layers, E experts.
 """
 
 from __future__ import annotations
@@ -50,17 +50,17 @@ def objective(
 
     Without a key it is that of held-out data: the model hears its own speech unblurred, as when it is used, and the
     noise of the flow is the same each time. But it reads true notes, where it will have its own. Of a micro-batch of
-    the `whole`, terms are such that their mean over micro-batches is that of the whole, wherever its targets lie.
+    the `whole`, the terms with targets are such that their mean over micro-batches is that of the whole, wherever those
+    lie; routing and accuracies are the micro-batch's own.
     """
     model = definition.bind(params)
     k_feedback, k_words, k_flow = jax.random.split(jax.random.key(0) if key is None else key, 3)
     target_BTS = batch["model_text"]
-    speaks_BT = jnp.any(target_BTS != IDLE, axis=2)
     counts, totals = count_targets(definition, batch, weights), count_all(definition, batch, whole, weights)
     fed_back = {name: batch[name] for name in ("model_mel", "heard")}
     if key is not None:
         fed_back = {
-            "model_mel": blur(batch["model_mel"], speaks_BT, definition.model.flow.feedback_noise, k_feedback),
+            "model_mel": blur(batch["model_mel"], counts.flow_BT > 0, definition.model.flow.feedback_noise, k_feedback),
             "heard": mishear(batch["heard"], MISHEARD, k_words),
         }
     out = model(batch | fed_back, mesh)
@@ -68,9 +68,9 @@ def objective(
 
     heard_BT, seen_BNS = batch["heard"], batch["seen"]
     seen_BNSV = jnp.broadcast_to(out.seen_BNV[:, :, None], (*seen_BNS.shape, out.seen_BNV.shape[-1]))
-    text = share(text_loss(out.text_BTSV, target_BTS, weights), counts.text_BTS, totals["text"])
-    heard = share(cross_entropy(out.heard_BTV, heard_BT), counts.heard_BT, totals["heard"])
-    seen = share(cross_entropy(seen_BNSV, seen_BNS), counts.seen_BNS, totals["seen"])
+    text = average(text_loss(out.text_BTSV, target_BTS, weights), counts.text_BTS, totals["text"])
+    heard = average(cross_entropy(out.heard_BTV, heard_BT), counts.heard_BT, totals["heard"])
+    seen = average(cross_entropy(seen_BNSV, seen_BNS), counts.seen_BNS, totals["seen"])
     flow = flow_loss(model, out.condition_BTSD, batch["model_mel"], counts.flow_BT, totals["flow"], k_flow)
 
     router_z = jnp.sum(out.moe.z_loss)
@@ -109,13 +109,13 @@ def count_all(definition: Definition, batch: Batch, whole: Batch | None, weights
     """What all targets of each term count together, on average of the micro-batches of the whole."""
     whole = batch if whole is None else whole
     text_BTS, heard_BT, seen_BNS, flow_BT = count_targets(definition, whole, weights)
-    flow_B = jnp.minimum(jnp.sum(flow_BT, axis=1), picks(definition.model.flow, flow_BT.shape[1]))
+    flow_B = jnp.minimum(jnp.sum(flow_BT, axis=1), count_picks(definition.model.flow, flow_BT.shape[1]))
     totals = {"text": text_BTS, "heard": heard_BT, "seen": seen_BNS, "flow": flow_B}
     return {name: jnp.sum(count) * len(batch["valid"]) / len(whole["valid"]) for name, count in totals.items()}
 
 
-def share(value: jax.Array, count: jax.Array, total: jax.Array) -> jax.Array:
-    """Of a mean by `count`, which adds up to `total`; 0 where nothing counts."""
+def average(value: jax.Array, count: jax.Array, total: jax.Array) -> jax.Array:
+    """The mean by `count`, which adds up to `total` over micro-batches as many as there are; 0 where nothing counts."""
     return jnp.sum(value * count) / jnp.maximum(total, 1e-6)
 
 
@@ -170,25 +170,25 @@ def flow_loss(
     """
     k_pick, k_noise, k_time = jax.random.split(key, 3)
     flow, (B, T, S, _) = model.model.flow, condition_BTSD.shape
-    t = picks(flow, T)
+    picks = count_picks(flow, T)
     score_BT = speaks_BT + 0.5 * jax.random.uniform(k_pick, (B, T))
-    _, pick_Bt = jax.lax.top_k(score_BT, t)
-    take = lambda x: jnp.take_along_axis(x, pick_Bt.reshape(B, t, *(1,) * (x.ndim - 2)), axis=1)  # noqa: E731
+    _, pick_Bt = jax.lax.top_k(score_BT, picks)
+    take = lambda x: jnp.take_along_axis(x, pick_Bt.reshape(B, picks, *(1,) * (x.ndim - 2)), axis=1)  # noqa: E731
 
     condition_BtSD = take(condition_BTSD)
-    target_BtSX = normalise(take(mel_BTFM)).reshape(B, t, S, -1)
+    target_BtSX = normalise(take(mel_BTFM)).reshape(B, picks, S, -1)
     noise = jax.random.normal(k_noise, (flow.draws, *target_BtSX.shape))
-    time = jax.random.uniform(k_time, (flow.draws, B, t, S))
+    time = jax.random.uniform(k_time, (flow.draws, B, picks, S))
     error = matching_loss(
         lambda x, t: model.flow_head.endpoint(condition_BtSD[None], x, t),
         jnp.broadcast_to(target_BtSX, noise.shape),
         noise,
         time,
     )
-    return share(jnp.mean(error, axis=(0, 3)), take(speaks_BT), total)
+    return average(jnp.mean(error, axis=(0, 3)), take(speaks_BT), total)
 
 
-def picks(flow: config.Flow, microturns: int) -> int:
+def count_picks(flow: config.Flow, microturns: int) -> int:
     """Micro-turns of an example that a step takes for the flow head."""
     return max(1, round(flow.share * microturns))
 
