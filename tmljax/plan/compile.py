@@ -54,7 +54,7 @@ def compile_step(setting: Setting, devices: list[jax.Device]) -> Compiled:
     experiment = setting.experiment
     try:
         mesh = make_mesh(experiment.mesh, devices)
-    except NotImplementedError:
+    except NotImplementedError:  # of JAX, for axes that no split of the torus makes up
         raise UserError(
             f"config.mesh {dict(setting.axes)} does not lie along whole dims of {setting.where.name}"
         ) from None

@@ -56,7 +56,9 @@ def objective(
     model = definition.bind(params)
     k_feedback, k_words, k_flow = jax.random.split(jax.random.key(0) if key is None else key, 3)
     target_BTS = batch["model_text"]
-    counts, totals = count_targets(definition, batch, weights), count_all(definition, batch, whole, weights)
+    counts = count_targets(definition, batch, weights)
+    everything = counts if whole is None else count_targets(definition, whole, weights)
+    totals = sum_counts(definition.model.flow, everything, len(batch["valid"]))
     fed_back = {name: batch[name] for name in ("model_mel", "heard")}
     if key is not None:
         fed_back = {
@@ -105,13 +107,11 @@ def count_targets(definition: Definition, batch: Batch, weights: config.Loss) ->
     )
 
 
-def count_all(definition: Definition, batch: Batch, whole: Batch | None, weights: config.Loss) -> dict[str, jax.Array]:
-    """What all targets of each term count together, on average of the micro-batches of the whole."""
-    whole = batch if whole is None else whole
-    text_BTS, heard_BT, seen_BNS, flow_BT = count_targets(definition, whole, weights)
-    flow_B = jnp.minimum(jnp.sum(flow_BT, axis=1), count_picks(definition.model.flow, flow_BT.shape[1]))
-    totals = {"text": text_BTS, "heard": heard_BT, "seen": seen_BNS, "flow": flow_B}
-    return {name: jnp.sum(count) * len(batch["valid"]) / len(whole["valid"]) for name, count in totals.items()}
+def sum_counts(flow: config.Flow, counts: Counts, examples: int) -> dict[str, jax.Array]:
+    """What all targets of each term count together, as many `examples` on average of all of them."""
+    flow_B = jnp.minimum(jnp.sum(counts.flow_BT, axis=1), count_picks(flow, counts.flow_BT.shape[1]))
+    totals = {"text": counts.text_BTS, "heard": counts.heard_BT, "seen": counts.seen_BNS, "flow": flow_B}
+    return {name: jnp.sum(count) * examples / len(flow_B) for name, count in totals.items()}
 
 
 def average(value: jax.Array, count: jax.Array, total: jax.Array) -> jax.Array:
