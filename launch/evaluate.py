@@ -46,6 +46,7 @@ from tmljax.stream.record import Session
 from tmljax.train import metrics
 
 ALL = "all"
+PART = "part"  # of the workdir, for the report on a part of the test: it does not replace the report on the whole
 SPLIT = "test"
 
 
@@ -53,7 +54,7 @@ def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "training workdir", required=True)
     flags.DEFINE_string("suite", ALL, "scenario families, separated by commas")
     flags.DEFINE_integer("limit", None, "test sessions of each family at most; all by default", lower_bound=1)
-    flags.DEFINE_string("output", None, "where report.json, report.html and fdb/ go; the workdir by default")
+    flags.DEFINE_string("output", None, "where report.json, report.html and fdb/ go; by default the workdir, or WORKDIR/part for a part of the test")
     verb.define_serving()
     flags.DEFINE_integer("sessions", 16, "sessions decoded at a time", lower_bound=1)
     flags.DEFINE_integer("fdb", None, "sessions of each family written to fdb/ at most; all by default", lower_bound=0)
@@ -82,7 +83,8 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"{argv[1]!r} is not a flag; see --help")
     verb.refuse_file("output")
     given = {f.name: flags.FLAGS[f.name].value for f in dataclasses.fields(Options) if f.name in flags.FLAGS}
-    output = Path(given["output"] or given["workdir"])
+    whole = given["suite"] == ALL and given["limit"] is None
+    output = Path(given["output"] or Path(given["workdir"], "" if whole else PART))
     evaluate(Options(**given | {"output": output, "overrides": verb.overrides()}))
 
 

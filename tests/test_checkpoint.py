@@ -298,6 +298,22 @@ def test_progress_is_plain_json_that_names_the_config(tmp_path):
     assert progress["config"] == dataclasses.asdict(EXPERIMENT)
 
 
+@pytest.mark.parametrize("written", [{"format": checkpoint.FORMAT + 1}, {}], ids=["newer", "before there were formats"])
+def test_parameters_of_another_version_are_neither_served_nor_trained_on(tmp_path, written):
+    save(tmp_path, (1, None))
+    path = tmp_path / checkpoint.FOLDER / "1" / "progress" / "metadata"
+    progress = json.loads(path.read_text())
+    assert progress.pop("format") == checkpoint.FORMAT
+    path.write_text(json.dumps(progress | written))
+    for act in (
+        lambda: checkpoint.resume(tmp_path, *[as_target(part) for part in tree()]),
+        lambda: checkpoint.load_for_serving(tmp_path),
+    ):
+        with pytest.raises(UserError, match=rf"has format {written.get('format', 1)}, .* reads {checkpoint.FORMAT}"):
+            act()
+    assert checkpoint.steps(tmp_path) == [1]
+
+
 def test_an_export_is_no_workdir(tmp_path):
     (tmp_path / "manifest.json").write_text("[]")
     with pytest.raises(UserError, match="is an export, or what is left of one"):

@@ -39,6 +39,7 @@ KNOWN = 50  # newest checkpoints that are looked at
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
 BEST = "best"
+FORMAT = 2  # raise it when the same parameters compute something else
 # What a resumed run may change: how long (which moves the end of the schedule), how often and where, how the same
 # numbers are computed (where none are dropped), and what is for serving alone.
 FREE = (
@@ -89,6 +90,7 @@ class Checkpoints:
         self.wait()
         items = {"params": params, "optimizer": flatten(optimizer)}
         progress = {
+            "format": FORMAT,
             "step": step,
             "iterator": iterator,
             "config": dataclasses.asdict(experiment),
@@ -163,7 +165,7 @@ def steps(workdir: str | Path) -> list[int]:
 def restore(workdir: str | Path, step: int, params: Any, optimizer: Any) -> Restored:
     """`params` and `optimizer` are trees of ShapeDtypeStruct with the shardings wanted.
 
-    Raises Damaged or Unreachable in every process where one of them met it.
+    Raises Damaged or Unreachable in every process where one of them met it, UserError for another version's.
     """
     targets = {"params": params, "optimizer": flatten(optimizer)}
     arrays = {name: ocp.args.StandardRestore(target) for name, target in targets.items()}
@@ -173,6 +175,7 @@ def restore(workdir: str | Path, step: int, params: Any, optimizer: Any) -> Rest
     except (Damaged, Unreachable) as e:
         failure = e
     share(failure)
+    check_format(workdir, step, found.progress)
     for name in targets:
         verify(fingerprints(found[name]), found.progress["fingerprints"][name])
     leaves = [found.optimizer[name] for name in targets["optimizer"]]
@@ -278,7 +281,10 @@ def load_for_serving(workdir: str | Path, step: int | None = None) -> tuple[Expe
 
 
 def read_params(workdir: str | Path, step: int) -> tuple[Any, dict[str, Any]]:
-    """Nested dict of numpy arrays, and the progress beside it; no device is touched. Raises Damaged, Unreachable."""
+    """Nested dict of numpy arrays, and the progress beside it; no device is touched.
+
+    Raises Damaged, Unreachable, and UserError for another version's.
+    """
     folder = _step_folder(workdir, step)
 
     def arrays() -> dict[str, Any]:
@@ -287,8 +293,19 @@ def read_params(workdir: str | Path, step: int) -> tuple[Any, dict[str, Any]]:
         return {"params": ocp.args.PyTreeRestore(restore_args=on_host)}
 
     found = read(folder, arrays)
+    check_format(workdir, step, found.progress)
     verify(host_fingerprints(found.params), found.progress["fingerprints"]["params"])
     return found.params, found.progress
+
+
+def check_format(workdir: str | Path, step: int, progress: dict[str, Any]) -> None:
+    """Raises UserError where this version would compute something else with the parameters."""
+    found = progress.get("format", 1)
+    if found != FORMAT:
+        raise UserError(
+            f"checkpoint {step} of {workdir} has format {found}, this version of tmljax reads {FORMAT}: "
+            f"use the version that wrote it, or train anew in another --workdir"
+        )
 
 
 def clear_unfinished(workdir: str | Path) -> None:

@@ -22,13 +22,13 @@ from data_pipelines.score import Score
 
 # family -> (how to compose one, its weight in the default mixture)
 FAMILIES: dict[str, tuple[Callable[[Stage], Score], float]] = {
-    "turn_taking": (turn_taking.compose, 0.15),
-    "pause": (pause.compose, 0.11),
-    "self_correction": (self_correction.compose, 0.05),
+    "turn_taking": (turn_taking.compose, 0.20),
+    "pause": (pause.compose, 0.12),
+    "self_correction": (self_correction.compose, 0.06),
     "interruption": (interruption.compose, 0.06),
     "user_backchannel": (user_backchannel.compose, 0.04),
     "model_backchannel": (model_backchannel.compose, 0.04),
-    "verbal_cue": (verbal_cue.compose, 0.20),
+    "verbal_cue": (verbal_cue.compose, 0.13),
     "no_answer": (no_answer.compose, 0.12),
     "visual_cue": (visual_cue.compose, 0.17),
     "visual_question": (visual_question.compose, 0.03),

@@ -184,32 +184,14 @@ def spelling(rng: Rng) -> Request:
     return request(choose(rng, SPELL), f"you spell it {' '.join(word)}", list(word), w=(word, SPELLED))
 
 
-STATE = (
-    "my favourite {k} is {v}",
-    "i think my favourite {k} is {v}",
-    "the {k} i like best is {v}",
-    "remember that my favourite {k} is {v}",
-    "you should know my favourite {k} is {v}",
-    "i want you to know my favourite {k} is {v}",
+BELIEVE = ("", "i think ", "remember that ", "you should know ", "i want you to know ")
+STATE = tuple(lead + said for lead in BELIEVE for said in ("my favourite {k} is {v}", "the {k} i like best is {v}"))
+RECALL = (
+    *("what is", "which is", "say", "name", "give me", "i want to hear", "do you know", "do you see"),
+    *("can you say", "can you name", "can you remember", "do you remember", "what did i say is"),
+    *("tell me", "can you tell me", "would you tell me", "i want you to tell me"),
 )
-ASK = (
-    "what is my favourite {k}",
-    "do you remember my favourite {k}",
-    "tell me my favourite {k}",
-    "do you know my favourite {k}",
-    "what did i say is my favourite {k}",
-    "can you name my favourite {k}",
-    "which is my favourite {k}",
-    "say my favourite {k}",
-    "i want to hear my favourite {k}",
-    "can you tell me my favourite {k}",
-    "can you say my favourite {k}",
-    "do you see my favourite {k}",
-    "give me my favourite {k}",
-    "i want you to tell me my favourite {k}",
-    "can you remember my favourite {k}",
-    "would you tell me my favourite {k}",
-)
+ASK = tuple(f"{lead} {asked}" for lead in RECALL for asked in ("my favourite {k}", "the {k} i like best"))
 
 
 def statement(rng: Rng) -> Request:

@@ -9,7 +9,7 @@ from data_pipelines.score import Score
 
 def compose(stage: Stage) -> Score:
     rng, split = stage.rng, stage.split
-    if rng.random() < 0.3:
+    if rng.random() < 0.4:
         told = draw(rng, split, statement)
         stage.exchange(told)
         if rng.random() < 0.3:

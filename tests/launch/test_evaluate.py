@@ -90,6 +90,14 @@ def test_limit(workdir, tmp_path):
     assert len(list((tmp_path / "svg").glob("*.svg"))) == 2
 
 
+def test_a_part_does_not_replace_the_whole(workdir):
+    whole, part = workdir / "report.json", workdir / evaluate.PART / "report.json"
+    whole.write_text("the whole")
+    assert run(workdir=workdir, suite="interruption", limit=1, fdb=0) == 0
+    assert whole.read_text() == "the whole"
+    assert json.loads(part.read_text())["sessions"] == {"interruption": 1}
+
+
 def test_refuses(workdir, tmp_path, capsys):
     empty = tmp_path / "empty"
     empty.mkdir()

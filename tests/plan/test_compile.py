@@ -91,6 +91,17 @@ def test_weights_are_gathered_beneath_products(compiled, setting):
     assert sum(c.bytes for c in gathers if c.waits) < 0.5 * sum(c.bytes for c in gathers)
 
 
+def test_the_experts_gradients_are_scattered_beneath_products(compiled, setting):
+    """By the SparseCore; the matrix units go on."""
+    scattered = [
+        c
+        for c in compiled.program.collectives()
+        if c.operation == "reduce-scatter" and c.times == LAYERS and axis_of(c.members, setting.axes) == "fsdp"
+    ]
+    assert scattered
+    assert sum(c.bytes for c in scattered if c.waits) < 0.5 * sum(c.bytes for c in scattered)
+
+
 def test_experts_and_attention_of_both_passes_are_kernels(compiled):
     """Three products forward, again, and two each backward, none of them spread over all experts by XLA; and of
     attention one forward, again, and two backward."""
