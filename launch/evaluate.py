@@ -54,7 +54,9 @@ def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "training workdir", required=True)
     flags.DEFINE_string("suite", ALL, "scenario families, separated by commas")
     flags.DEFINE_integer("limit", None, "test sessions of each family at most; all by default", lower_bound=1)
-    flags.DEFINE_string("output", None, "where report.json, report.html and fdb/ go; by default the workdir, or WORKDIR/part for a part of the test")
+    flags.DEFINE_string(
+        "output", None, "where the report goes; the workdir, or WORKDIR/part for a part of the test, by default"
+    )
     verb.define_serving()
     flags.DEFINE_integer("sessions", 16, "sessions decoded at a time", lower_bound=1)
     flags.DEFINE_integer("fdb", None, "sessions of each family written to fdb/ at most; all by default", lower_bound=0)

@@ -96,6 +96,23 @@ def test_what_runs_beside_nothing_is_waited_for(between, waits):
     assert gather.waits == waits
 
 
+@pytest.mark.parametrize(("between", "waits"), [("%p = f32[8,8]{1,0} dot(%a, %a)", False), ("", True)])
+def test_a_sum_that_the_sparse_core_scatters_is_hidden_beneath_products(between, waits):
+    scattered = "  %scattered = f32[8,8]{1,0:T(8,128)S(1)} fusion(%big), kind=kCustom, calls=%all-reduce-scatter.1"
+    text = TEXT.replace(
+        scattered,
+        '  %begun = ((f32[16,8]{1,0}), f32[8,8]{1,0}) call-start(%big), async_execution_thread="sparsecore", '
+        f"to_apply=%offloaded\n  {between}\n  %scattered = f32[8,8]{{1,0}} call-done(%begun)",
+    ).replace(
+        "%cond (c",
+        "%offloaded (o: f32[16,8]) -> f32[8,8] {\n  %o = f32[16,8]{1,0} parameter(0)\n  ROOT %r = f32[8,8]{1,0} "
+        'reduce-scatter(%o), replica_groups={{0,2},{1,3}}, dimensions={0}\n}, execution_thread="sparsecore"\n\n'
+        "%cond (c",
+    )
+    (scatter,) = [c for c in hlo.read(text).collectives() if c.operation == "reduce-scatter"]
+    assert (scatter.bytes, scatter.times, scatter.waits) == (16 * 8 * 4, 3, waits)
+
+
 def test_traffic_counts_slices_for_their_size_and_nothing_that_stays_on_chip(program):
     slice_, gathered, big = 8 * 4 * 2, 16 * 4 * 2, 16 * 8 * 4
     layer = (slice_ + 4) + slice_  # the slice and its index read, the slice written
