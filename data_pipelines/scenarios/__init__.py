@@ -25,14 +25,14 @@ FAMILIES: dict[str, tuple[Callable[[Stage], Score], float]] = {
     "turn_taking": (turn_taking.compose, 0.20),
     "pause": (pause.compose, 0.12),
     "self_correction": (self_correction.compose, 0.06),
-    "interruption": (interruption.compose, 0.06),
-    "user_backchannel": (user_backchannel.compose, 0.04),
-    "model_backchannel": (model_backchannel.compose, 0.04),
-    "verbal_cue": (verbal_cue.compose, 0.13),
+    "interruption": (interruption.compose, 0.05),
+    "user_backchannel": (user_backchannel.compose, 0.03),
+    "model_backchannel": (model_backchannel.compose, 0.03),
+    "verbal_cue": (verbal_cue.compose, 0.17),
     "no_answer": (no_answer.compose, 0.12),
     "visual_cue": (visual_cue.compose, 0.17),
     "visual_question": (visual_question.compose, 0.03),
-    "typed_text": (typed_text.compose, 0.03),
+    "typed_text": (typed_text.compose, 0.02),
 }
 
 # What a session lasts on average (seconds); turns hours of training data into a number of sessions.

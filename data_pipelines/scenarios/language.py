@@ -105,17 +105,18 @@ MINUS = (
 
 
 def arithmetic(rng: Rng) -> Request:
+    """The reply says the sum first: what is then worked out is a moment old and always in the same place."""
     low, high = sorted(int(n) for n in rng.integers(0, 11, 2))
     if rng.random() < 0.5:
-        a, b, result, templates = high - low, low, high, PLUS
+        a, b, result, sign, templates = high - low, low, high, "plus", PLUS
         if rng.random() < 0.5:
             a, b = b, a
     else:
-        a, b, result, templates = high, low, high - low, MINUS
-    answer = NUMBERS[result]
+        a, b, result, sign, templates = high, low, high - low, "minus", MINUS
     digits = NUMBERS[:11]
     values = {"a": (NUMBERS[a], digits), "b": (NUMBERS[b], digits)}
-    return request(choose(rng, templates), f"the answer is {answer}", [answer], **values)
+    said = (NUMBERS[a], sign, NUMBERS[b], "is", NUMBERS[result])
+    return request(choose(rng, templates), f"so {' '.join(said)}", said, **values)
 
 
 AFTER = (

@@ -30,7 +30,7 @@ def compose(stage: Stage) -> Score:
     stage.reply(f"okay {cue} then {wanted}", ())
     stage.rest(0.4, 0.9)
     others = [str(w) for w in rng.permutation(ANIMALS + THINGS) if w != cue]
-    cues = int(rng.choice(3, p=(0.15, 0.45, 0.40)))
+    cues = int(rng.choice(3, p=(0.10, 0.30, 0.60)))
     items = others[: int(rng.integers(*((8, 11) if cues < 2 else (10, 13))))]
     for place in _places(rng, len(items), cues):
         items[place] = cue

@@ -38,7 +38,10 @@ def test_arithmetic_is_right():
     for said in many(language.arithmetic):
         a, b = numbers_in(said.text)
         wanted = a + b if "plus" in said.words or "add" in said.words else b - a if "take" in said.words else a - b
-        assert said.content == (NUMBERS[wanted],)
+        first, sign, second, equals, answer = said.content
+        assert (equals, answer) == ("is", NUMBERS[wanted])
+        assert wanted == VALUE[first] + VALUE[second] * {"plus": 1, "minus": -1}[sign]
+        assert sorted((VALUE[first], VALUE[second])) == sorted((a, b))
         assert 0 <= wanted <= 10
 
 
