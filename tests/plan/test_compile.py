@@ -73,12 +73,18 @@ def test_every_layer_gathers_its_own_weights_and_tokens(compiled, setting):
     in_scan = [c for c in compiled.program.collectives() if c.operation == "all-gather" and c.times == LAYERS]
     axes = {axis_of(c.members, setting.axes) for c in in_scan}
     assert {"fsdp", "expert"} <= axes
-    scattered = {
-        axis_of(c.members, setting.axes)
-        for c in compiled.program.collectives()
-        if c.operation == "reduce-scatter" and c.times == LAYERS
-    }
-    assert {"fsdp", "expert"} <= scattered
+
+
+def test_sums_over_members_run_beneath_products(compiled, setting):
+    """Gradients of the experts' weights are scattered by the SparseCore, positions exchanged."""
+    for operation, axis in (("reduce-scatter", "fsdp"), ("all-to-all", "expert")):
+        found = [
+            c
+            for c in compiled.program.collectives()
+            if c.operation == operation and c.times == LAYERS and axis_of(c.members, setting.axes) == axis
+        ]
+        assert found
+        assert sum(c.bytes for c in found if c.waits) < 0.5 * sum(c.bytes for c in found), operation
 
 
 def test_weights_are_gathered_beneath_products(compiled, setting):
@@ -89,17 +95,6 @@ def test_weights_are_gathered_beneath_products(compiled, setting):
         if c.operation == "all-gather" and c.times == LAYERS and "fsdp" in axis_of(c.members, setting.axes)
     ]
     assert sum(c.bytes for c in gathers if c.waits) < 0.5 * sum(c.bytes for c in gathers)
-
-
-def test_the_experts_gradients_are_scattered_beneath_products(compiled, setting):
-    """By the SparseCore; the matrix units go on."""
-    scattered = [
-        c
-        for c in compiled.program.collectives()
-        if c.operation == "reduce-scatter" and c.times == LAYERS and axis_of(c.members, setting.axes) == "fsdp"
-    ]
-    assert scattered
-    assert sum(c.bytes for c in scattered if c.waits) < 0.5 * sum(c.bytes for c in scattered)
 
 
 def test_experts_and_attention_of_both_passes_are_kernels(compiled):

@@ -206,8 +206,8 @@ def gathered(
 ) -> tuple[jax.Array, jax.Array]:
     """The exchange of all positions, inside `shard_map`; what finds no room is the last experts'."""
     (N, k), members, mine = expert_Nk.shape, jax.lax.axis_size(AXIS), experts.gate_EDW.shape[0]
-    gather = partial(jax.lax.all_gather, axis_name=AXIS, tiled=True)
-    x_GD, expert_A, gate_A = gather(x_ND), gather(expert_Nk).reshape(-1), gather(gate_Nk).reshape(-1)
+    expert_A = jax.lax.all_gather(expert_Nk, AXIS, tiled=True).reshape(-1)
+    x_GD, gate_A = gather_rows(x_ND), gather_rows(gate_Nk).reshape(-1)
     own_A = expert_A - mine * jax.lax.axis_index(AXIS)
     own_A = jnp.where((own_A >= 0) & (own_A < mine), own_A, NOBODY)
 
@@ -216,8 +216,29 @@ def gathered(
     y_RD = local.multiply(ops.take_rows(x_GD, token_R, row_kG), groups, experts)
     gate_R = jnp.concatenate([gate_A, jnp.zeros((1,), gate_A.dtype)])[source_R]
     y_RD = jnp.where(there_R[:, None], y_RD * gate_R[:, None].astype(y_RD.dtype), 0)
-    y_ND = jax.lax.psum_scatter(ops.add_rows(y_RD, row_kG, token_R), AXIS, tiled=True)
+    y_ND = sum_rows(ops.add_rows(y_RD, row_kG, token_R))
     return y_ND, jnp.sum(own_A != NOBODY) - jnp.sum(there_R)
+
+
+@jax.custom_vjp
+def gather_rows(x_ND: jax.Array) -> jax.Array:
+    """The rows of all members, [G, D]."""
+    return jax.lax.all_gather(x_ND, AXIS, tiled=True)
+
+
+@jax.custom_vjp
+def sum_rows(y_GD: jax.Array) -> jax.Array:
+    """Of the sum over members, each one's own rows: [N, D], the transpose of `gather_rows`.
+
+    `psum_scatter` in two halves: products run beside an exchange, and beside no scattered sum along a short axis.
+    """
+    members = jax.lax.axis_size(AXIS)
+    y_MND = jax.lax.all_to_all(y_GD.reshape(members, -1, y_GD.shape[1]), AXIS, split_axis=0, concat_axis=0)
+    return jnp.sum(y_MND, axis=0, dtype=jnp.float32).astype(y_GD.dtype)
+
+
+gather_rows.defvjp(lambda x_ND: (gather_rows(x_ND), None), lambda _, d_GD: (sum_rows(d_GD),))
+sum_rows.defvjp(lambda y_GD: (sum_rows(y_GD), None), lambda _, d_ND: (gather_rows(d_ND),))
 
 
 def apply_experts(

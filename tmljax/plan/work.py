@@ -151,7 +151,7 @@ def exchange(setting: Setting, times: float) -> list[Traffic]:
         size = members * setting.positions * row * setting.width * times
         return [
             Traffic("expert", "all-gather", size, True, times),
-            Traffic("expert", "reduce-scatter", size, True, times),
+            Traffic("expert", "all-to-all", size, True, times),
         ]
     exact = model.moe.exchange == "ragged"  # rows there are, not those there is room for
     sent = setting.positions * model.moe.top_k if exact else rows(setting)
