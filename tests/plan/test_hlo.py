@@ -79,12 +79,13 @@ def test_collectives(program):
         ("%p = f32[8,8]{1,0} fusion(%a), kind=kOutput, calls=%multiplies", False),
         ("%p = f32[8,8]{1,0} fusion(%a), kind=kOutput, calls=%around", False),
         ("%p = f32[8,8]{1,0} fusion(%a), kind=kLoop, calls=%fused", True),
-        ('%p = f32[8,8]{1,0} custom-call(%a), custom_call_target="tpu_custom_call"', False),
+        ('%gmm.1 = f32[8,8]{1,0} custom-call(%a), custom_call_target="tpu_custom_call"', False),
+        ('%unknown.1 = f32[8,8]{1,0} custom-call(%a), custom_call_target="tpu_custom_call"', True),
         ('%p = f32[8,8]{1,0} custom-call(%a), custom_call_target="AsyncCollectiveDone"', True),
     ],
 )
 def test_what_runs_beside_nothing_is_waited_for(between, waits):
-    """Begun early or not: a collective is hidden where a product runs before its end."""
+    """Begun early or not: a collective is hidden where a product or a known kernel runs before its end."""
     done = "  %gather-done"
     text = TEXT.replace(done, f"  {between}\n{done}").replace(
         "%body (b", "%multiplies (m: f32[8,8]) -> f32[8,8] {\n  %m = f32[8,8]{1,0} parameter(0)\n"
@@ -92,17 +93,30 @@ def test_what_runs_beside_nothing_is_waited_for(between, waits):
         "  %n = f32[8,8]{1,0} parameter(0)\n  ROOT %f = f32[8,8]{1,0} fusion(%n), kind=kOutput, calls=%multiplies\n"
         "}\n\n%body (b"
     )  # fmt: skip
-    (gather,) = [c for c in hlo.read(text).collectives() if c.operation == "all-gather" and c.times == 3]
+    found = hlo.read(text).collectives({"gmm": 100.0})
+    (gather,) = [c for c in found if c.operation == "all-gather" and c.times == 3]
     assert gather.waits == waits
 
 
-@pytest.mark.parametrize(("between", "waits"), [("%p = f32[8,8]{1,0} dot(%a, %a)", False), ("", True)])
-def test_a_sum_that_the_sparse_core_scatters_is_hidden_beneath_products(between, waits):
+PRODUCT = 2 * 8 * 4 * 16  # FLOPs of [8, 4] x [4, 16]
+
+
+@pytest.mark.parametrize(
+    ("between", "beside"),
+    [
+        ("%p = f32[8,16]{1,0} dot(%l, %r)", PRODUCT),
+        ("%p = f32[8,16]{1,0} dot(%l, %r)\n  %q = f32[8,16]{1,0} dot(%l, %r)", 2 * PRODUCT),
+        ("", 0),
+    ],
+)
+def test_what_the_sparse_core_scatters_is_hidden_as_long_as_products_run(between, beside):
     scattered = "  %scattered = f32[8,8]{1,0:T(8,128)S(1)} fusion(%big), kind=kCustom, calls=%all-reduce-scatter.1"
     text = TEXT.replace(
         scattered,
+        "  %l = f32[8,4]{1,0} copy(%big)\n  %r = f32[4,16]{1,0} copy(%big)\n"
         '  %begun = ((f32[16,8]{1,0}), f32[8,8]{1,0}) call-start(%big), async_execution_thread="sparsecore", '
-        f"to_apply=%offloaded\n  {between}\n  %scattered = f32[8,8]{{1,0}} call-done(%begun)",
+        f"to_apply=%offloaded\n  {between}\n  %scattered = f32[8,8]{{1,0}} call-done(%begun)\n"
+        "  %after = f32[8,16]{1,0} dot(%l, %r)",
     ).replace(
         "%cond (c",
         "%offloaded (o: f32[16,8]) -> f32[8,8] {\n  %o = f32[16,8]{1,0} parameter(0)\n  ROOT %r = f32[8,8]{1,0} "
@@ -110,7 +124,7 @@ def test_a_sum_that_the_sparse_core_scatters_is_hidden_beneath_products(between,
         "%cond (c",
     )
     (scatter,) = [c for c in hlo.read(text).collectives() if c.operation == "reduce-scatter"]
-    assert (scatter.bytes, scatter.times, scatter.waits) == (16 * 8 * 4, 3, waits)
+    assert (scatter.bytes, scatter.times, scatter.beside) == (16 * 8 * 4, 3, pytest.approx(beside))
 
 
 def test_traffic_counts_slices_for_their_size_and_nothing_that_stays_on_chip(program):

@@ -17,21 +17,21 @@ def axes(**sizes):
 
 def test_a_gather_on_a_ring_goes_both_ways_round():
     """Seven eighths of 8 GB arrive over two links of 90 GB/s."""
-    assert collective_seconds(Traffic("fsdp", "all-gather", 8e9, False), 8, RING, V5P) == pytest.approx(7e9 / 180e9)
+    assert collective_seconds(Traffic("fsdp", "all-gather", 8e9, 0.0), 8, RING, V5P) == pytest.approx(7e9 / 180e9)
 
 
 def test_a_reduction_to_all_is_a_scatter_and_a_gather():
-    one = collective_seconds(Traffic("fsdp", "reduce-scatter", 8e9, False), 8, RING, V5P)
-    assert collective_seconds(Traffic("fsdp", "all-reduce", 8e9, False), 8, RING, V5P) == pytest.approx(2 * one)
+    one = collective_seconds(Traffic("fsdp", "reduce-scatter", 8e9, 0.0), 8, RING, V5P)
+    assert collective_seconds(Traffic("fsdp", "all-reduce", 8e9, 0.0), 8, RING, V5P) == pytest.approx(2 * one)
 
 
 def test_an_exchange_is_as_fast_as_the_middle_of_the_ring():
     """Eight devices send 1 GB each; half of what four of them send crosses to the other side over two cuts."""
     crossing = 4 * 1e9 / 2
-    assert collective_seconds(Traffic("expert", "all-to-all", 1e9, True), 8, RING, V5P) == pytest.approx(
+    assert collective_seconds(Traffic("expert", "all-to-all", 1e9, 1.0), 8, RING, V5P) == pytest.approx(
         crossing / (2 * 90e9)
     )
-    line = collective_seconds(Traffic("expert", "all-to-all", 1e9, True), 8, (Run(8, False),), V5P)
+    line = collective_seconds(Traffic("expert", "all-to-all", 1e9, 1.0), 8, (Run(8, 0.0),), V5P)
     assert line == pytest.approx(crossing / 90e9)
 
 
@@ -40,7 +40,7 @@ def test_gpus_leave_the_node_over_their_network_card():
     placed = runs_of(where, axes(fsdp=8, expert=8))
     assert placed["expert"] == (Run(8, True), Run(1, False))
     assert placed["fsdp"] == (Run(1, True), Run(8, False))
-    gather = Traffic("fsdp", "all-gather", 8e9, False)
+    gather = Traffic("fsdp", "all-gather", 8e9, 0.0)
     assert collective_seconds(gather, 8, placed["expert"], where) == pytest.approx(7e9 / CHIPS["h200"].link)
     assert collective_seconds(gather, 8, placed["fsdp"], where) == pytest.approx(7e9 / CHIPS["h200"].host_link)
     both = (*placed["fsdp"], *placed["expert"])  # 64 members, eight of them in a node share what enters it
@@ -59,8 +59,8 @@ def test_what_waits_is_added_and_the_rest_is_as_long_as_its_longest_part():
         flops=459e12 * 0.8 * 3,
         memory=2.765e12 * 0.85 * 2,
         traffic=[
-            Traffic("fsdp", "all-gather", 180e9 * 4 / 3, False),
-            Traffic("expert", "all-gather", 360e9 * 64 / 63 * 0.5, True),
+            Traffic("fsdp", "all-gather", 180e9 * 4 / 3, 0.0),
+            Traffic("expert", "all-gather", 360e9 * 64 / 63 * 0.5, 1.0),
         ],
     )
     t = terms(work, V5P, axes(fsdp=4, expert=64))
@@ -68,6 +68,8 @@ def test_what_waits_is_added_and_the_rest_is_as_long_as_its_longest_part():
     assert t.links == {"fsdp": pytest.approx(1), "expert": pytest.approx(0.5)}
     assert t.step == pytest.approx(3.5)
     assert t.binds == "matmul"
+    half = work._replace(traffic=[work.traffic[0], work.traffic[1]._replace(waits=0.5)])
+    assert terms(half, V5P, axes(fsdp=4, expert=64)).step == pytest.approx(3.25)
 
 
 @pytest.mark.parametrize(

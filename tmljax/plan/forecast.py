@@ -18,7 +18,7 @@ from tmljax.plan.hlo import axis_of
 from tmljax.plan.inspect import gathered_layers, replicated
 from tmljax.plan.memory import Memory
 from tmljax.plan.parts import add, count_parts
-from tmljax.plan.roofline import Terms, Traffic, Work, terms
+from tmljax.plan.roofline import Terms, Traffic, Work, product_seconds, terms, traffic_seconds
 from tmljax.plan.setting import Setting
 
 COMPILER, FORMULA, BOTH = "compiler", "formula", "compiler, and by formula what kernels read again"
@@ -119,15 +119,25 @@ def by_compiler(setting: Setting, compiled: Compiled, **asked: float | None) -> 
 
 
 def gather_traffic(compiled: Compiled, setting: Setting) -> list[Traffic]:
-    """Collectives of the program, one entry for each kind along each axis."""
-    sums: dict[tuple[str, str, bool], tuple[float, float]] = {}
-    for collective in compiled.program.collectives() if compiled.program else ():
-        axis = axis_of(collective.members, setting.axes)
-        if axis:
-            key = axis, collective.operation, collective.waits
-            size, count = sums.get(key, (0.0, 0.0))
-            sums[key] = size + collective.bytes * collective.times, count + collective.times
-    return [Traffic(axis, operation, size, waits, count) for (axis, operation, waits), (size, count) in sums.items()]
+    """Collectives of the program, one entry for each kind along each axis, and one more for those that wait.
+
+    One that runs beside products waits for as long as it takes longer than they do.
+    """
+    sums: dict[tuple[str, str, bool], list[float]] = {}
+    where, kernels = setting.where, by_work.kernel_flops(setting)
+    for c in compiled.program.collectives(kernels) if compiled.program else ():
+        axis = axis_of(c.members, setting.axes)
+        if not axis:
+            continue
+        alone = traffic_seconds(Traffic(axis, c.operation, c.bytes, 1.0), where, setting.axes)
+        waits = max(0.0, 1 - product_seconds(c.beside, where.chip) / alone)
+        size = c.bytes * c.times
+        entry = sums.setdefault((axis, c.operation, waits > 0), [0.0, 0.0, 0.0])
+        entry[:] = (total + more for total, more in zip(entry, (size, size * waits, c.times), strict=True))
+    return [
+        Traffic(axis, operation, size, waiting / size, count)
+        for (axis, operation, _), (size, waiting, count) in sums.items()
+    ]
 
 
 def as_json(forecast: Forecast) -> dict[str, Any]:

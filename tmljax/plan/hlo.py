@@ -57,9 +57,14 @@ class Collective(NamedTuple):
     shape: tuple[int, ...]  # of the largest result
     members: tuple[int, ...]  # the first group of devices
     times: int  # in a run of the program
-    waits: bool
+    beside: float  # FLOPs of the products that run beside each one: all it needs where it is part of one, else 0
     name: str
     source: str  # op_name, as "jit(take_step)/jvp()/while/body/..."
+
+    @property
+    def waits(self) -> bool:
+        """Whether the program stands still for it from its beginning to its end."""
+        return self.beside == 0
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,9 @@ class Program:
         ]
         return max(numbers, default=1)
 
-    def collectives(self) -> Iterator[Collective]:
+    def collectives(self, kernels: Mapping[str, float] | None = None) -> Iterator[Collective]:
+        """`kernels` has the FLOPs of a call of each, by how its name begins: what one multiplies no text tells."""
+        hidden = self._hidden(kernels or {})
         for name, times in self.times.items():
             if self.goes_on(name):
                 continue
@@ -118,22 +125,24 @@ class Program:
                     max((a.shape for a in instruction.results), key=math.prod, default=()),
                     first_group(instruction.rest),
                     times,
-                    waits=not (self.is_hidden(name) or (starts and self.covers(name, instruction))),
+                    beside=hidden.get(name, 0.0)
+                    or (self.flops_beside(name, instruction, kernels or {}) if starts else 0.0),
                     name=f"{name}/{instruction.name}",
                     source=source[1] if source else "",
                 )
 
-    @cached_property
-    def _asynchronous(self) -> set[str]:
-        """Computations that run beside products: those that an async or call-start names which one covers, or a fusion
-        of the compiler's asynchronous collectives, which it makes of products alone."""
-        beside = set()
+    def _hidden(self, kernels: Mapping[str, float]) -> dict[str, float]:
+        """Computations that run beside products, and the FLOPs of those: what an async or call-start names, which may
+        be the SparseCore's; or a fusion of the compiler's asynchronous collectives, which it makes of products alone.
+        """
+        hidden = {name: math.inf for name in self.computations if STEP in name}
         for name, instructions in self.computations.items():
             for i in instructions:
-                begun = i.kind in ("async-start", "call-start") and self.covers(name, i)
-                if begun or "async_collective" in i.name or "async-collective" in i.name:
-                    beside |= set(i.called)
-        return beside
+                if "async_collective" in i.name or "async-collective" in i.name:
+                    hidden |= dict.fromkeys(i.called, math.inf)
+                elif i.kind in ("async-start", "call-start"):
+                    hidden |= dict.fromkeys(i.called, self.flops_beside(name, i, kernels))
+        return hidden
 
     def goes_on(self, computation: str) -> bool:
         """Whether its collective was begun by an earlier instruction: an asynchronous one is there at its start, beside
@@ -141,24 +150,22 @@ class Program:
         root = next((i for i in self.computations[computation] if i.root), None)
         return computation.startswith(STEP) or (root is not None and "AsyncCollectiveDone" in root.rest)
 
-    def covers(self, computation: str, start: Instruction) -> bool:
-        """Whether a product or a kernel runs between the start of a collective and its end."""
-        after = False
-        for i in self.computations[computation]:
-            if i.kind.endswith("-done") and start.name in i.operands:
-                return False
-            if after and self.multiplies(i):
-                return True
-            after |= i is start
-        return False
+    def flops_beside(self, computation: str, start: Instruction, kernels: Mapping[str, float]) -> float:
+        """Of the products and kernels between the start of something and its end."""
+        body = self.computations[computation]
+        after = body[body.index(start) + 1 :]
+        ends = next((n for n, i in enumerate(after) if i.kind.endswith("-done") and start.name in i.operands), None)
+        return sum(self.flops(i, computation, kernels) for i in after[:ends])
 
-    def multiplies(self, instruction: Instruction) -> bool:
-        if instruction.kind in ("dot", "convolution") or KERNEL in instruction.rest:
-            return True
-        return any(self.multiplies(i) for called in instruction.called for i in self.computations.get(called, ()))
-
-    def is_hidden(self, computation: str) -> bool:
-        return computation in self._asynchronous or STEP in computation
+    def flops(self, instruction: Instruction, computation: str, kernels: Mapping[str, float]) -> float:
+        """Of a product of matrices [m, k] and [k, n], 2 m k n, or of what a fusion calls."""
+        if instruction.kind in ("dot", "convolution"):
+            arrays = [self._shapes[computation].get(name, ()) for name in instruction.operands[:2]]
+            sides = [math.prod(a.shape) for found in (*arrays, instruction.results) for a in found]
+            return 2.0 * math.sqrt(math.prod(sides))
+        if KERNEL in instruction.rest:
+            return next((flops for name, flops in kernels.items() if instruction.name.startswith(name)), 0.0)
+        return sum(self.flops(i, name, kernels) for name in instruction.called for i in self.computations.get(name, ()))
 
     def traffic_bytes(self) -> float:
         """Read from and written to HBM: operands and results of what runs, a slice for its own size."""

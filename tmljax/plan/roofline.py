@@ -22,7 +22,7 @@ class Traffic(NamedTuple):
     axis: str  # mesh axis or axes, "fsdp+expert"
     operation: str  # all-gather, reduce-scatter, all-reduce, all-to-all, ragged-all-to-all, collective-permute
     bytes: float  # of the whole result (of the operand of a reduction), over the step
-    waits: bool  # whether the program stands still for it
+    waits: float  # the share of its time in which no product runs: 1 where the program stands still for it
     count: float = 1
 
 
@@ -56,16 +56,28 @@ class Terms(NamedTuple):
 
 
 def terms(work: Work, where: Slice, axes: Mapping[str, int]) -> Terms:
-    placed, links, waits = runs_of(where, axes), dict[str, float](), 0.0
+    links, waits = dict[str, float](), 0.0
     for traffic in work.traffic:
-        names = traffic.axis.split("+")
-        sizes = {name: axes[name] for name in names}
-        runs = [run for name in names for run in placed[name]]
-        seconds = collective_seconds(traffic, math.prod(sizes.values()), runs, where)
+        seconds = traffic_seconds(traffic, where, axes)
         links[traffic.axis] = links.get(traffic.axis, 0.0) + seconds
-        waits += seconds if traffic.waits else 0.0
-    matmul = work.flops / (where.chip.flops * MATMUL_SHARE)
-    return Terms(matmul, work.memory / (where.chip.memory_bandwidth * MEMORY_SHARE), links, waits)
+        waits += seconds * traffic.waits
+    return Terms(
+        product_seconds(work.flops, where.chip),
+        work.memory / (where.chip.memory_bandwidth * MEMORY_SHARE),
+        links,
+        waits,
+    )
+
+
+def product_seconds(flops: float, chip: Chip) -> float:
+    return flops / (chip.flops * MATMUL_SHARE)
+
+
+def traffic_seconds(traffic: Traffic, where: Slice, axes: Mapping[str, int]) -> float:
+    """Of all of it, alone."""
+    names, placed = traffic.axis.split("+"), runs_of(where, axes)
+    runs = [run for name in names for run in placed[name]]
+    return collective_seconds(traffic, math.prod(axes[name] for name in names), runs, where)
 
 
 def collective_seconds(traffic: Traffic, members: int, runs: Sequence[Run], where: Slice) -> float:

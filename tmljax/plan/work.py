@@ -113,6 +113,20 @@ def heads_here(setting: Setting) -> float:
     return setting.examples / setting.axes["context"] * setting.experiment.model.heads / setting.axes["tensor"]
 
 
+def kernel_flops(setting: Setting) -> dict[str, float]:
+    """Of one call of each kernel on a device, by how its name begins in the compiled program."""
+    model = setting.experiment.model
+    found = {}
+    if model.attention == "splash":
+        pairs = tile_pairs(setting.layout, setting.experiment.data.window, model.window).worked
+        product = 2 * pairs * heads_here(setting) * model.head_dim
+        found |= {"splash_mha_fwd": 2 * product, "splash_mha_dq": 3 * product, "splash_mha_dkv": 4 * product}
+    if model.moe.matmul == "grouped":
+        width = model.moe.expert_width / setting.axes["tensor"]
+        found |= dict.fromkeys(("gmm", "tgmm"), 2 * setting.positions * model.moe.top_k * model.d_model * width)
+    return found
+
+
 def kernel_traffic(setting: Setting) -> float:
     """Bytes that kernels read more than once in a step, block by block; a compiler counts a kernel's operands once."""
     model, accumulate = setting.experiment.model, setting.experiment.optimizer.accumulate
@@ -150,13 +164,13 @@ def exchange(setting: Setting, times: float) -> list[Traffic]:
     if model.moe.exchange == "gathered":
         size = members * setting.positions * row * setting.width * times
         return [
-            Traffic("expert", "all-gather", size, True, times),
-            Traffic("expert", "all-to-all", size, True, times),
+            Traffic("expert", "all-gather", size, 1.0, times),
+            Traffic("expert", "all-to-all", size, 1.0, times),
         ]
     exact = model.moe.exchange == "ragged"  # rows there are, not those there is room for
     sent = setting.positions * model.moe.top_k if exact else rows(setting)
     operation = "ragged-all-to-all" if exact else "all-to-all"
-    return [Traffic("expert", operation, 2 * sent * row * setting.width * times, True, 2 * times)]
+    return [Traffic("expert", operation, 2 * sent * row * setting.width * times, 1.0, 2 * times)]
 
 
 def look_back(setting: Setting, times: float) -> Traffic:
@@ -165,7 +179,7 @@ def look_back(setting: Setting, times: float) -> Traffic:
     turns = setting.experiment.data.window // members
     shards = min(members - 1, -(-(model.window - 1) // turns))
     row = 2 * model.kv_heads * model.head_dim / setting.axes["tensor"] * setting.width
-    return Traffic("context", "collective-permute", shards * setting.positions * row * times, True, 2 * shards * times)
+    return Traffic("context", "collective-permute", shards * setting.positions * row * times, 1.0, 2 * shards * times)
 
 
 def link_traffic(setting: Setting) -> list[Traffic]:
@@ -178,14 +192,14 @@ def link_traffic(setting: Setting) -> list[Traffic]:
     copies = "+".join(axis for axis in ("data", "context") if axes[axis] > 1) or "data"  # have the same parameters
     mixed = setting.positions * model.d_model * width
     traffic = [
-        Traffic("fsdp", "all-gather", routed * passes * steps, False, 3 * passes * steps),
-        Traffic("fsdp+expert", "all-gather", dense * passes * steps, False, 8 * passes * steps),
-        Traffic("fsdp", "reduce-scatter", routed * steps, False, 3 * steps),
-        Traffic("fsdp+expert", "reduce-scatter", dense * steps, False, 8 * steps),
-        Traffic(copies, "all-reduce", shard_bytes(setting.state.params), False, 1),
+        Traffic("fsdp", "all-gather", routed * passes * steps, 0.0, 3 * passes * steps),
+        Traffic("fsdp+expert", "all-gather", dense * passes * steps, 0.0, 8 * passes * steps),
+        Traffic("fsdp", "reduce-scatter", routed * steps, 0.0, 3 * steps),
+        Traffic("fsdp+expert", "reduce-scatter", dense * steps, 0.0, 8 * steps),
+        Traffic(copies, "all-reduce", shard_bytes(setting.state.params), 0.0, 1),
         *exchange(setting, passes * steps),
         look_back(setting, passes * steps),
-        Traffic("tensor", "all-reduce", 2 * mixed * passes * steps, True, 2 * passes * steps),
+        Traffic("tensor", "all-reduce", 2 * mixed * passes * steps, 1.0, 2 * passes * steps),
     ]
     present = {axis for axis, size in axes.items() if size > 1}
     return [t for t in traffic if set(t.axis.split("+")) & present]
