@@ -305,13 +305,18 @@ def test_parameters_of_another_version_are_neither_served_nor_trained_on(tmp_pat
     progress = json.loads(path.read_text())
     assert progress.pop("format") == checkpoint.FORMAT
     path.write_text(json.dumps(progress | written))
+    before = (tmp_path / checkpoint.CONFIG).read_text()
+    params, optimizer = (as_target(part) for part in tree())
     for act in (
-        lambda: checkpoint.resume(tmp_path, *[as_target(part) for part in tree()]),
+        lambda: checkpoint.keep_config(tmp_path, toy.experiment(999)),
+        lambda: checkpoint.resume(tmp_path, {"of another shape": params["w"]}, optimizer),
+        lambda: checkpoint.resume(tmp_path, params, optimizer),
         lambda: checkpoint.load_for_serving(tmp_path),
     ):
         with pytest.raises(UserError, match=rf"has format {written.get('format', 1)}, .* reads {checkpoint.FORMAT}"):
             act()
     assert checkpoint.steps(tmp_path) == [1]
+    assert (tmp_path / checkpoint.CONFIG).read_text() == before
 
 
 def test_an_export_is_no_workdir(tmp_path):

@@ -171,11 +171,11 @@ def restore(workdir: str | Path, step: int, params: Any, optimizer: Any) -> Rest
     arrays = {name: ocp.args.StandardRestore(target) for name, target in targets.items()}
     found, failure = None, None
     try:
+        check_format(workdir, step)
         found = read(_step_folder(workdir, step), lambda: arrays)
     except (Damaged, Unreachable) as e:
         failure = e
     share(failure)
-    check_format(workdir, step, found.progress)
     for name in targets:
         verify(fingerprints(found[name]), found.progress["fingerprints"][name])
     leaves = [found.optimizer[name] for name in targets["optimizer"]]
@@ -292,15 +292,15 @@ def read_params(workdir: str | Path, step: int) -> tuple[Any, dict[str, Any]]:
         on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
         return {"params": ocp.args.PyTreeRestore(restore_args=on_host)}
 
+    check_format(workdir, step)
     found = read(folder, arrays)
-    check_format(workdir, step, found.progress)
     verify(host_fingerprints(found.params), found.progress["fingerprints"]["params"])
     return found.params, found.progress
 
 
-def check_format(workdir: str | Path, step: int, progress: dict[str, Any]) -> None:
-    """Raises UserError where this version would compute something else with the parameters."""
-    found = progress.get("format", 1)
+def check_format(workdir: str | Path, step: int) -> None:
+    """Raises UserError where this version would compute something else with the parameters; Damaged, Unreachable."""
+    found = read(_step_folder(workdir, step), dict).progress.get("format", 1)
     if found != FORMAT:
         raise UserError(
             f"checkpoint {step} of {workdir} has format {found}, this version of tmljax reads {FORMAT}: "
@@ -325,9 +325,13 @@ def report_damage(step: int, reason: Damaged, used: int) -> None:
 
 
 def keep_config(workdir: str | Path, experiment: Experiment) -> None:
-    """Writes config.json. Raises UserError naming the fields where the workdir's checkpoints were trained otherwise."""
-    path = Path(workdir) / CONFIG
-    if path.exists() and steps(workdir):
+    """Writes config.json. Raises UserError naming the fields where the workdir's checkpoints were trained otherwise,
+    and where the newest is another version's."""
+    path, trained = Path(workdir) / CONFIG, steps(workdir)
+    if trained:
+        with contextlib.suppress(Damaged, Unreachable):  # which is for those to say who read it
+            check_format(workdir, trained[-1])
+    if path.exists() and trained:
         before = read_config(path)
         changed = [
             f"config.{name} was {old!r}, now {new!r}"

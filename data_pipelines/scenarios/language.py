@@ -2,7 +2,7 @@
 
 Every sentence is *prefix-free*: no sentence continues another, so that whether somebody has finished can be
 heard from the words alone, and a pause inside a sentence is never mistaken for its end by a listener who
-understands. Replies have at least four words, with the ones that matter last; none fits another question.
+understands. Replies have at least four words, with the ones that matter last; none has the content of another kind.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def neighbour(rng: Rng) -> Request:
     template = choose(rng, AFTER).replace("after", "{way}")
     answer = NUMBERS[n + step]
     values = {"n": (NUMBERS[n], NUMBERS[1:12]), "way": (word, ("after", "before"))}
-    return request(template, f"the number is {answer}", [answer], **values)
+    return request(template, f"the number is {answer}", ["the", "number", "is", answer], **values)
 
 
 COUNT = (
@@ -151,7 +151,7 @@ def counting(rng: Rng) -> Request:
     b = a + int(rng.integers(2, 4))
     numbers = NUMBERS[a : b + 1]
     values = {"a": (NUMBERS[a], NUMBERS[1:b]), "b": (NUMBERS[b], NUMBERS[a + 1 :])}
-    return request(choose(rng, COUNT), "okay here goes " + " ".join(numbers), numbers, **values)
+    return request(choose(rng, COUNT), "okay here goes " + " ".join(numbers), ["goes", *numbers], **values)
 
 
 REPEAT = (
@@ -168,7 +168,7 @@ def repetition(rng: Rng) -> Request:
     x, y = (WORDS[i] for i in rng.choice(len(WORDS), 2, replace=False))
     others = tuple(w for w in WORDS if w not in (x, y))
     values = {"x": (x, others), "y": (y, others)}
-    return request(choose(rng, REPEAT), f"you said {x} and {y}", [x, y], **values)
+    return request(choose(rng, REPEAT), f"you said {x} and {y}", ["said", x, "and", y], **values)
 
 
 SPELL = (
@@ -182,7 +182,7 @@ SPELL = (
 
 def spelling(rng: Rng) -> Request:
     word = choose(rng, SPELLED)
-    return request(choose(rng, SPELL), f"you spell it {' '.join(word)}", list(word), w=(word, SPELLED))
+    return request(choose(rng, SPELL), f"you spell it {' '.join(word)}", ["it", *word], w=(word, SPELLED))
 
 
 BELIEVE = ("", "i think ", "remember that ", "you should know ", "i want you to know ")
@@ -198,14 +198,14 @@ ASK = tuple(f"{lead} {asked}" for lead in RECALL for asked in ("my favourite {k}
 def statement(rng: Rng) -> Request:
     key = choose(rng, tuple(FACTS))
     value = choose(rng, FACTS[key])
-    said = request(
-        choose(rng, STATE), f"okay i will remember {value}", [value], k=(key, tuple(FACTS)), v=(value, FACTS[key])
-    )
+    reply, content = f"okay i will remember {value}", ("remember", value)
+    said = request(choose(rng, STATE), reply, content, k=(key, tuple(FACTS)), v=(value, FACTS[key]))
     return replace(said, fact=(key, value))
 
 
 def question(rng: Rng, key: str, value: str) -> Request:
-    said = request(choose(rng, ASK), f"your favourite {key} is {value}", [value], k=(key, tuple(FACTS)))
+    content = ("favourite", key, "is", value)
+    said = request(choose(rng, ASK), f"your {' '.join(content)}", content, k=(key, tuple(FACTS)))
     return replace(said, fact=(key, value))
 
 
