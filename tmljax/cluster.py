@@ -154,7 +154,7 @@ BESIDE_PRODUCTS = {
 
 
 def compiler_options(mesh: Mesh, cpu_level: int) -> dict[str, int | bool] | None:
-    """For `jax.jit` of training. On TPUs gathers run beside products (LOG.md says what that did to the 276B step).
+    """For `jax.jit` of training. On TPUs collectives run beside products (LOG.md says what that did to the 276B step).
 
     At its highest level, 3, XLA:CPU compiles for long what then runs no faster. Measured on the demo model's training
     step: 27, 19 and 16 s of CPU at levels 3, 2 and 1, and steps of 3.7, 3.6 and 3.8 s of CPU.

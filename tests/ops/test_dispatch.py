@@ -122,6 +122,19 @@ def test_expert_parallel(problem, expected, sizes, exchange, local):
     assert_same(value_and_grads(apply, place(problem, mesh)), expected)
 
 
+def test_an_exchange_and_a_sum_are_a_scattered_sum():
+    """What TPUs do in place of `psum_scatter`."""
+    mesh, rows = make_mesh(config.Mesh(data=1, expert=8)), PartitionSpec("expert")
+    y_GD = jax.random.normal(jax.random.key(0), (8 * 24, 5))
+    scatter = partial(jax.lax.psum_scatter, axis_name="expert", tiled=True)
+    one, other = (
+        jax.shard_map(way, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)(y_GD)
+        for way in (dispatch.exchange_and_sum, scatter)
+    )
+    np.testing.assert_allclose(one, other, atol=1e-5)
+    np.testing.assert_allclose(one, y_GD.reshape(8, 24, 5).sum(axis=0), atol=1e-5)
+
+
 @pytest.mark.parametrize("exchange", EXCHANGES)
 def test_bfloat16_is_as_close_as_its_digits(problem, expected, exchange):
     mesh = make_mesh(config.Mesh(data=2, expert=4))

@@ -127,6 +127,22 @@ def test_what_the_sparse_core_scatters_is_hidden_as_long_as_products_run(between
     assert (scatter.bytes, scatter.times, scatter.beside) == (16 * 8 * 4, 3, pytest.approx(beside))
 
 
+@pytest.mark.parametrize(
+    "product",
+    [
+        "%d = f32[6,8,16]{2,1,0} dot(%l, %r), lhs_batch_dims={0}, lhs_contracting_dims={2}, rhs_batch_dims={0}",
+        "%d = f32[6,8,16]{2,1,0} convolution(%l, %r), window={size=6 stride=5 lhs_dilate=6}, dim_labels=0bf_0io->0bf",
+    ],
+)
+def test_products_of_a_batch_are_as_many(product):
+    text = (
+        "ENTRY %main (l: f32[6,8,4], r: f32[6,4,16]) -> f32[6,8,16] {\n  %l = f32[6,8,4]{2,1,0} parameter(0)\n"
+        f"  %r = f32[6,4,16]{{2,1,0}} parameter(1)\n  ROOT {product}\n}}\n"
+    )
+    program = hlo.read(text)
+    assert program.flops(program.computations["main"][-1], "main", {}) == pytest.approx(6 * PRODUCT)
+
+
 def test_traffic_counts_slices_for_their_size_and_nothing_that_stays_on_chip(program):
     slice_, gathered, big = 8 * 4 * 2, 16 * 4 * 2, 16 * 8 * 4
     layer = (slice_ + 4) + slice_  # the slice and its index read, the slice written

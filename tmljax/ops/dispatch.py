@@ -7,9 +7,9 @@ their experts, who do the same local work, and brings the results home. Three ex
 has none). What a device receives from all others shares one buffer, so that it overflows only where the load of a
 whole device exceeds the room.
 `padded`: an `all_to_all` of fixed room for each pair of devices, everywhere.
-`gathered`: every device gets all positions of the expert axis, works on those that chose its own experts, and a
-reduction brings their sums home. M - 1 rows move for each position, each way, where the others move k x capacity: less
-on a short axis, on links that a gather uses twice as well. A device's rows share one buffer here too.
+`gathered`: every device gets all positions of the expert axis, works on those that chose its own experts, and
+`sum_rows` brings their sums home. M - 1 rows move for each position, each way, where the others move k x capacity: less
+on a short axis, on links that a gather uses well. A device's rows share one buffer here too.
 
 Room is `capacity_factor` times a balanced load, and what does not fit is counted; `None` makes room for the worst
 case, so that nothing is dropped.
@@ -228,10 +228,14 @@ def gather_rows(x_ND: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def sum_rows(y_GD: jax.Array) -> jax.Array:
-    """Of the sum over members, each one's own rows: [N, D], the transpose of `gather_rows`.
+    """Of the sum over members, each one's own rows: [N, D], the transpose of `gather_rows`."""
+    scatter = partial(jax.lax.psum_scatter, axis_name=AXIS, tiled=True)
+    return jax.lax.platform_dependent(y_GD, tpu=exchange_and_sum, default=scatter)
 
-    `psum_scatter` in two halves: products run beside an exchange, and beside no scattered sum along a short axis.
-    """
+
+def exchange_and_sum(y_GD: jax.Array) -> jax.Array:
+    """`psum_scatter` in two halves. Products run beside libtpu's exchange, and not beside its scattered sum along an
+    axis of four, though on such a ring the exchange takes a third longer (on one of eight, more than twice as long)."""
     members = jax.lax.axis_size(AXIS)
     y_MND = jax.lax.all_to_all(y_GD.reshape(members, -1, y_GD.shape[1]), AXIS, split_axis=0, concat_axis=0)
     return jnp.sum(y_MND, axis=0, dtype=jnp.float32).astype(y_GD.dtype)

@@ -127,7 +127,7 @@ def gather_traffic(compiled: Compiled, setting: Setting) -> list[Traffic]:
     where, kernels = setting.where, by_work.kernel_flops(setting)
     for c in compiled.program.collectives(kernels) if compiled.program else ():
         axis = axis_of(c.members, setting.axes)
-        if not axis:
+        if not (axis and c.bytes):
             continue
         alone = traffic_seconds(Traffic(axis, c.operation, c.bytes, 1.0), where, setting.axes)
         waits = max(0.0, 1 - product_seconds(c.beside, where.chip) / alone)

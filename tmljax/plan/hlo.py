@@ -158,11 +158,11 @@ class Program:
         return sum(self.flops(i, computation, kernels) for i in after[:ends])
 
     def flops(self, instruction: Instruction, computation: str, kernels: Mapping[str, float]) -> float:
-        """Of a product of matrices [m, k] and [k, n], 2 m k n, or of what a fusion calls."""
+        """Of b products of matrices [m, k] and [k, n], 2 b m k n, or of what a fusion calls."""
         if instruction.kind in ("dot", "convolution"):
             arrays = [self._shapes[computation].get(name, ()) for name in instruction.operands[:2]]
             sides = [math.prod(a.shape) for found in (*arrays, instruction.results) for a in found]
-            return 2.0 * math.sqrt(math.prod(sides))
+            return 2.0 * math.sqrt(math.prod(sides) / batch_of(instruction, arrays[0]))
         if KERNEL in instruction.rest:
             return next((flops for name, flops in kernels.items() if instruction.name.startswith(name)), 0.0)
         return sum(self.flops(i, name, kernels) for name in instruction.called for i in self.computations.get(name, ()))
@@ -216,6 +216,15 @@ class Program:
     @cached_property
     def _shapes(self) -> dict[str, dict[str, tuple[Array, ...]]]:
         return {name: {i.name: i.results for i in body} for name, body in self.computations.items()}
+
+
+def batch_of(product: Instruction, left: Sequence[Array]) -> int:
+    """How many products of matrices it is; XLA:TPU writes them as the window of a convolution."""
+    window = re.search(r"window=\{size=([\dx]+)", product.rest)
+    if window:
+        return math.prod(map(int, window[1].split("x")))
+    dims = re.search(r"lhs_batch_dims=\{([\d,]+)\}", product.rest)
+    return math.prod(a.shape[int(dim)] for a in left for dim in dims[1].split(",")) if dims else 1
 
 
 STEP = "async_collective_fusion"
