@@ -3,8 +3,8 @@
     python -m launch.evaluate --workdir=DIR [--suite=turn_taking,pause] [--limit=8]
 
 Writes report.json, report.html (one file, opens anywhere) and fdb/, the same conversations in the folder layouts of
-Full-Duplex-Bench. Beside the model stand four systems that need none: always silent, always talking, a VAD timer,
-and an oracle.
+Full-Duplex-Bench; those of a part of the test go to DIR/part, and do not replace those of the whole. Beside the model
+stand four systems that need none: always silent, always talking, a VAD timer, and an oracle.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from tmljax.stream.record import Session
 from tmljax.train import metrics
 
 ALL = "all"
-PART = "part"  # of the workdir, for the report on a part of the test: it does not replace the report on the whole
+PART = "part"  # of the workdir, for the report on a part of the test
 SPLIT = "test"
 
 
@@ -69,7 +69,7 @@ class Options:
     """The flags; None is no limit, or not wanted."""
 
     workdir: str
-    output: Path
+    output: str | None = None
     suite: str = ALL
     limit: int | None = None
     step: str | None = None
@@ -85,9 +85,7 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"{argv[1]!r} is not a flag; see --help")
     verb.refuse_file("output")
     given = {f.name: flags.FLAGS[f.name].value for f in dataclasses.fields(Options) if f.name in flags.FLAGS}
-    whole = given["suite"] == ALL and given["limit"] is None
-    output = Path(given["output"] or Path(given["workdir"], "" if whole else PART))
-    evaluate(Options(**given | {"output": output, "overrides": verb.overrides()}))
+    evaluate(Options(**given | {"overrides": verb.overrides()}))
 
 
 def evaluate(options: Options) -> Report:
@@ -99,7 +97,9 @@ def evaluate(options: Options) -> Report:
     split = open_split(engine.experiment, SPLIT)
     chosen, microturns = choose(split, options.suite, options.limit)
     make_folder(options.pictures)
-    writer = Writer(options.output / "fdb")
+    whole = sum(map(len, chosen.values())) == len(split)
+    output = Path(options.output or Path(options.workdir, "" if whole else PART))
+    writer = Writer(output / "fdb")
     begin = time.perf_counter()
     tallies = [Tally(report.MODEL), *(Tally(name) for name, _ in baselines(engine.layout, engine.tokenizer))]
     gallery = Gallery(engine.layout.stream.video_every * MICROTURN_SECONDS)
@@ -119,7 +119,7 @@ def evaluate(options: Options) -> Report:
         examples=gallery.examples,
         notes=[NOTE],
     )
-    paths = report.write(made, options.output)
+    paths = report.write(made, output)
     write_pictures(gallery, options.pictures)
     print(report.to_text(made))
     print("wrote " + ", ".join(map(str, paths)) + f" and {writer.root}/")

@@ -91,10 +91,14 @@ def test_limit(workdir, tmp_path):
 
 
 def test_a_part_does_not_replace_the_whole(workdir):
+    """The whole is what has all sessions, however it was asked for."""
     whole, part = workdir / "report.json", workdir / evaluate.PART / "report.json"
-    whole.write_text("the whole")
+    assert run(workdir=workdir, suite="interruption,turn_taking", limit=2, fdb=0) == 0
+    before = whole.read_text()
+    assert json.loads(before)["sessions"] == {"interruption": 2, "turn_taking": 2}
+    assert not part.exists()
     assert run(workdir=workdir, suite="interruption", limit=1, fdb=0) == 0
-    assert whole.read_text() == "the whole"
+    assert whole.read_text() == before
     assert json.loads(part.read_text())["sessions"] == {"interruption": 1}
 
 
