@@ -301,3 +301,25 @@ def test_sampling_is_eulers_method_on_the_trained_field(params):
         field = (head.endpoint(z, x, jnp.full(3, t)) - x) / (1 - t)
         x = x + field / steps
     np.testing.assert_allclose(head.sample(z, noise, steps), x, rtol=1e-4, atol=1e-4)
+
+
+MEANT = {
+    "text": [-1.0891, -1.0617, -0.7588, -1.194],
+    "heard": [0.6182, 0.8496, -0.5603, 0.6651],
+    "seen": [-0.1776, 0.1197, 0.0256, -0.3182],
+    "speech": [-0.953, 2.9484, 3.1579, 3.6651],
+}
+
+
+def test_the_same_parameters_compute_the_same(batch):
+    """Or they are another model's: whoever changes it raises `checkpoint.FORMAT` and writes down what is computed."""
+    rng, shapes = np.random.default_rng(0), DEFINITION.abstract()
+    params = jax.tree.map(lambda leaf: jnp.asarray(0.3 * rng.standard_normal(leaf.shape), leaf.dtype), shapes)
+    model = DEFINITION.bind(params)
+    out = model(batch, None)
+    noise_BTSX = 0.3 * rng.standard_normal((*out.condition_BTSD.shape[:3], 4 * 80))
+    end_BTSX = model.flow_head.endpoint(out.condition_BTSD, noise_BTSX, jnp.full(noise_BTSX.shape[:3], 0.4))
+    computed = {"text": out.text_BTSV, "heard": out.heard_BTV, "seen": out.seen_BNV, "speech": end_BTSX}
+    for name, value in computed.items():
+        found = [float(x) for x in np.ravel(value)[:: value.size // 4][:4]]
+        np.testing.assert_allclose(found, MEANT[name], atol=2e-4, err_msg=name)
