@@ -10,6 +10,7 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from tmljax import config
+from tmljax.cluster import compiler_options
 from tmljax.ops import dispatch, experts
 from tmljax.ops.experts import Experts
 from tmljax.ops.route import route
@@ -67,6 +68,19 @@ def test_gradients_of_experts_are_scattered_not_copied(mesh):
     assert exchanged(text, "all-to-all") == 4
     assert re.search(r"reduce-scatter", text)
     assert not re.search(rf"= \w+\[{E // 4},[\d,]*\][^=]* all-reduce(?:-start)?\(", text)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v5e:2x4", "v5p:2x2x2", "v6e:2x4"])
+def test_chips_with_and_without_a_sparse_core_take_the_options(topology):
+    mesh = make_mesh(config.Mesh(data=1, fsdp=8), chips(topology))
+    x = jax.ShapeDtypeStruct((1024, 1024), jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec("fsdp")))
+    scatter = jax.shard_map(
+        lambda x: jax.lax.psum_scatter(jax.lax.all_gather(x, "fsdp", tiled=True), "fsdp", tiled=True),
+        mesh=mesh, in_specs=PartitionSpec("fsdp"), out_specs=PartitionSpec("fsdp"), check_vma=False,
+    )  # fmt: skip
+    text = jax.jit(scatter, compiler_options=compiler_options(mesh, cpu_level=2)).lower(x).compile().as_text()
+    assert re.search(r"reduce-scatter", text)
 
 
 @pytest.mark.slow
