@@ -46,6 +46,7 @@ class Local(NamedTuple):
 # (rows [N, D], expert ids [N, k], gates [N, k], this device's experts, local work, capacity factor)
 # -> (gated sums [N, D], dropped)
 Exchange = Callable[[jax.Array, jax.Array, jax.Array, Experts, Local, float | None], tuple[jax.Array, jax.Array]]
+Scatter = Callable[[jax.Array], jax.Array]  # [G, D] -> [N, D]
 
 
 def in_blocks(rows: int) -> Local:
@@ -203,11 +204,16 @@ def gathered(
     experts: Experts,
     local: Local,
     capacity_factor: float | None,
+    scatter: Scatter | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """The exchange of all positions, inside `shard_map`; what finds no room is the last experts'."""
+    """The exchange of all positions, inside `shard_map`; what finds no room is the last experts'.
+
+    `scatter` brings the sums home: `scatter_sum`, the default, or `exchange_and_sum`.
+    """
+    scatter = scatter or scatter_sum
     (N, k), members, mine = expert_Nk.shape, jax.lax.axis_size(AXIS), experts.gate_EDW.shape[0]
     expert_A = jax.lax.all_gather(expert_Nk, AXIS, tiled=True).reshape(-1)
-    x_GD, gate_A = gather_rows(x_ND), gather_rows(gate_Nk).reshape(-1)
+    x_GD, gate_A = gather_rows(x_ND, scatter), gather_rows(gate_Nk, scatter).reshape(-1)
     own_A = expert_A - mine * jax.lax.axis_index(AXIS)
     own_A = jnp.where((own_A >= 0) & (own_A < mine), own_A, NOBODY)
 
@@ -216,33 +222,41 @@ def gathered(
     y_RD = local.multiply(ops.take_rows(x_GD, token_R, row_kG), groups, experts)
     gate_R = jnp.concatenate([gate_A, jnp.zeros((1,), gate_A.dtype)])[source_R]
     y_RD = jnp.where(there_R[:, None], y_RD * gate_R[:, None].astype(y_RD.dtype), 0)
-    y_ND = sum_rows(ops.add_rows(y_RD, row_kG, token_R))
+    y_ND = sum_rows(ops.add_rows(y_RD, row_kG, token_R), scatter)
     return y_ND, jnp.sum(own_A != NOBODY) - jnp.sum(there_R)
 
 
-@jax.custom_vjp
-def gather_rows(x_ND: jax.Array) -> jax.Array:
-    """The rows of all members, [G, D]."""
-    return jax.lax.all_gather(x_ND, AXIS, tiled=True)
-
-
-@jax.custom_vjp
-def sum_rows(y_GD: jax.Array) -> jax.Array:
-    """Of the sum over members, each one's own rows: [N, D], the transpose of `gather_rows`."""
-    scatter = partial(jax.lax.psum_scatter, axis_name=AXIS, tiled=True)
-    return jax.lax.platform_dependent(y_GD, tpu=exchange_and_sum, default=scatter)
+def scatter_sum(y_GD: jax.Array) -> jax.Array:
+    """Of the sum over members, each one's own rows [N, D]."""
+    return jax.lax.psum_scatter(y_GD, AXIS, tiled=True)
 
 
 def exchange_and_sum(y_GD: jax.Array) -> jax.Array:
-    """`psum_scatter` in two halves. Products run beside libtpu's exchange, and not beside its scattered sum along an
-    axis of four, though on such a ring the exchange takes a third longer (on one of eight, more than twice as long)."""
+    """The same in two halves, for TPUs: products run beside libtpu's exchange, and not beside its scattered sum along
+    an axis of four, though on such a ring the exchange takes a third longer (on one of eight, more than twice)."""
     members = jax.lax.axis_size(AXIS)
     y_MND = jax.lax.all_to_all(y_GD.reshape(members, -1, y_GD.shape[1]), AXIS, split_axis=0, concat_axis=0)
     return jnp.sum(y_MND, axis=0, dtype=jnp.float32).astype(y_GD.dtype)
 
 
-gather_rows.defvjp(lambda x_ND: (gather_rows(x_ND), None), lambda _, d_GD: (sum_rows(d_GD),))
-sum_rows.defvjp(lambda y_GD: (sum_rows(y_GD), None), lambda _, d_ND: (gather_rows(d_ND),))
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gather_rows(x_ND: jax.Array, scatter: Scatter) -> jax.Array:
+    """The rows of all members, [G, D]."""
+    return jax.lax.all_gather(x_ND, AXIS, tiled=True)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def sum_rows(y_GD: jax.Array, scatter: Scatter) -> jax.Array:
+    """The transpose of `gather_rows`."""
+    return scatter(y_GD)
+
+
+gather_rows.defvjp(
+    lambda x_ND, scatter: (gather_rows(x_ND, scatter), None), lambda scatter, _, d_GD: (sum_rows(d_GD, scatter),)
+)
+sum_rows.defvjp(
+    lambda y_GD, scatter: (sum_rows(y_GD, scatter), None), lambda scatter, _, d_ND: (gather_rows(d_ND, scatter),)
+)
 
 
 def apply_experts(
