@@ -136,8 +136,8 @@ def keep_memory() -> None:
             libc.mallopt(option, value)
 
 
-# Without these libtpu lets every collective along a mesh axis stand still for itself. Gathers and exchanges go beneath
-# products; sums that are scattered, to the SparseCore, where the chip has one.
+# Without these libtpu lets every collective along a mesh axis stand still for itself. Gathers go beneath products; sums
+# that are scattered, along axes of more than one dimension of the torus, to the SparseCore, where the chip has one.
 BESIDE_PRODUCTS = {
     "xla_enable_async_all_gather": True,
     "xla_tpu_enable_async_collective_fusion": True,
@@ -146,7 +146,6 @@ BESIDE_PRODUCTS = {
     "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter": True,
     "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
     "xla_tpu_enable_async_collective_fusion_with_mosaic_custom_call": True,
-    "xla_tpu_enable_async_all_to_all": True,
     "xla_tpu_overlap_compute_collective_tc": True,
     "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": True,
     "xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter": True,

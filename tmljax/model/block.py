@@ -6,7 +6,6 @@ Legend: B batch, P positions, D d_model, H heads, K kv heads, h head dim, E expe
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -75,12 +74,6 @@ def resemble(q_DX: jax.Array, k_DY: jax.Array, shape: tuple[int, int, int]) -> j
 EXCHANGES = {"padded": dispatch.padded, "ragged": dispatch.ragged, "gathered": dispatch.gathered}
 
 
-def choose_exchange(moe: config.Moe, mesh: Mesh | None) -> dispatch.Exchange:
-    if moe.exchange == "gathered" and mesh is not None and mesh.devices.flat[0].platform == "tpu":
-        return partial(dispatch.gathered, scatter=dispatch.exchange_and_sum)
-    return EXCHANGES[moe.exchange]
-
-
 def local_work(moe: config.Moe) -> dispatch.Local:
     if moe.matmul == "blocks":
         return dispatch.in_blocks(moe.block_rows)
@@ -119,7 +112,7 @@ class ExpertLayer(nnx.Module):
             flat = [x.reshape(B * P, -1) for x in (y_BPD, routing.expert_BPk, routing.gate_BPk)]
             routed_BPD, dropped = few(*flat, experts).reshape(B, P, D), jnp.zeros((), jnp.float32)
         else:
-            local, exchange = local_work(self.moe), choose_exchange(self.moe, mesh)
+            local, exchange = local_work(self.moe), EXCHANGES[self.moe.exchange]
             routed_BPD, dropped = dispatch.apply_experts(
                 y_BPD, routing, experts, local, exchange, self.moe.capacity_factor, mesh
             )

@@ -7,9 +7,9 @@ their experts, who do the same local work, and brings the results home. Three ex
 has none). What a device receives from all others shares one buffer, so that it overflows only where the load of a
 whole device exceeds the room.
 `padded`: an `all_to_all` of fixed room for each pair of devices, everywhere.
-`gathered`: every device gets all positions of the expert axis, works on those that chose its own experts, and
-`sum_rows` brings their sums home. M - 1 rows move for each position, each way, where the others move k x capacity: less
-on a short axis, on links that a gather uses well. A device's rows share one buffer here too.
+`gathered`: every device gets all positions of the expert axis, works on those that chose its own experts, and a
+reduction brings their sums home. M - 1 rows move for each position, each way, where the others move k x capacity: less
+on a short axis, on links that a gather uses twice as well. A device's rows share one buffer here too.
 
 Room is `capacity_factor` times a balanced load, and what does not fit is counted; `None` makes room for the worst
 case, so that nothing is dropped.
@@ -46,7 +46,6 @@ class Local(NamedTuple):
 # (rows [N, D], expert ids [N, k], gates [N, k], this device's experts, local work, capacity factor)
 # -> (gated sums [N, D], dropped)
 Exchange = Callable[[jax.Array, jax.Array, jax.Array, Experts, Local, float | None], tuple[jax.Array, jax.Array]]
-Scatter = Callable[[jax.Array], jax.Array]  # [G, D] -> [N, D]
 
 
 def in_blocks(rows: int) -> Local:
@@ -204,16 +203,11 @@ def gathered(
     experts: Experts,
     local: Local,
     capacity_factor: float | None,
-    scatter: Scatter | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """The exchange of all positions, inside `shard_map`; what finds no room is the last experts'.
-
-    `scatter` brings the sums home: `scatter_sum`, the default, or `exchange_and_sum`.
-    """
-    scatter = scatter or scatter_sum
+    """The exchange of all positions, inside `shard_map`; what finds no room is the last experts'."""
     (N, k), members, mine = expert_Nk.shape, jax.lax.axis_size(AXIS), experts.gate_EDW.shape[0]
-    expert_A = jax.lax.all_gather(expert_Nk, AXIS, tiled=True).reshape(-1)
-    x_GD, gate_A = gather_rows(x_ND, scatter), gather_rows(gate_Nk, scatter).reshape(-1)
+    gather = partial(jax.lax.all_gather, axis_name=AXIS, tiled=True)
+    x_GD, expert_A, gate_A = gather(x_ND), gather(expert_Nk).reshape(-1), gather(gate_Nk).reshape(-1)
     own_A = expert_A - mine * jax.lax.axis_index(AXIS)
     own_A = jnp.where((own_A >= 0) & (own_A < mine), own_A, NOBODY)
 
@@ -222,41 +216,8 @@ def gathered(
     y_RD = local.multiply(ops.take_rows(x_GD, token_R, row_kG), groups, experts)
     gate_R = jnp.concatenate([gate_A, jnp.zeros((1,), gate_A.dtype)])[source_R]
     y_RD = jnp.where(there_R[:, None], y_RD * gate_R[:, None].astype(y_RD.dtype), 0)
-    y_ND = sum_rows(ops.add_rows(y_RD, row_kG, token_R), scatter)
+    y_ND = jax.lax.psum_scatter(ops.add_rows(y_RD, row_kG, token_R), AXIS, tiled=True)
     return y_ND, jnp.sum(own_A != NOBODY) - jnp.sum(there_R)
-
-
-def scatter_sum(y_GD: jax.Array) -> jax.Array:
-    """Of the sum over members, each one's own rows [N, D]."""
-    return jax.lax.psum_scatter(y_GD, AXIS, tiled=True)
-
-
-def exchange_and_sum(y_GD: jax.Array) -> jax.Array:
-    """The same in two halves, for TPUs: products run beside libtpu's exchange, and not beside its scattered sum along
-    an axis of four, though on such a ring the exchange takes a third longer (on one of eight, more than twice)."""
-    members = jax.lax.axis_size(AXIS)
-    y_MND = jax.lax.all_to_all(y_GD.reshape(members, -1, y_GD.shape[1]), AXIS, split_axis=0, concat_axis=0)
-    return jnp.sum(y_MND, axis=0, dtype=jnp.float32).astype(y_GD.dtype)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
-def gather_rows(x_ND: jax.Array, scatter: Scatter) -> jax.Array:
-    """The rows of all members, [G, D]."""
-    return jax.lax.all_gather(x_ND, AXIS, tiled=True)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
-def sum_rows(y_GD: jax.Array, scatter: Scatter) -> jax.Array:
-    """The transpose of `gather_rows`."""
-    return scatter(y_GD)
-
-
-gather_rows.defvjp(
-    lambda x_ND, scatter: (gather_rows(x_ND, scatter), None), lambda scatter, _, d_GD: (sum_rows(d_GD, scatter),)
-)
-sum_rows.defvjp(
-    lambda y_GD, scatter: (sum_rows(y_GD, scatter), None), lambda scatter, _, d_ND: (gather_rows(d_ND, scatter),)
-)
 
 
 def apply_experts(

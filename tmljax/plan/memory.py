@@ -87,9 +87,8 @@ def at_experts(setting: Setting) -> float:
     """In a layer's backward pass: rows sent, received, multiplied and returned, their gradients, and the weights'."""
     model = setting.experiment.model
     D, W = model.d_model, model.moe.expert_width / setting.axes["tensor"]
-    copies = 3 if setting.where.chip.kind == "tpu" else 2  # of all positions: gathered, their sums, these exchanged
-    everyone = copies * setting.axes["expert"] * setting.positions if model.moe.exchange == "gathered" else 0
-    return (rows(setting) * (4 * D + 4 * W) + everyone * D) * setting.width + 2 * layer_weights(setting)
+    all_positions = setting.positions * (2 * setting.axes["expert"] if model.moe.exchange == "gathered" else 0)
+    return (rows(setting) * (4 * D + 4 * W) + all_positions * D) * setting.width + 2 * layer_weights(setting)
 
 
 def score_bytes(setting: Setting, queries: float) -> float:

@@ -163,10 +163,7 @@ def exchange(setting: Setting, times: float) -> list[Traffic]:
     model, members, row = setting.experiment.model, setting.axes["expert"], setting.experiment.model.d_model
     if model.moe.exchange == "gathered":
         size = members * setting.positions * row * setting.width * times
-        if setting.where.chip.kind != "tpu":
-            return [Traffic("expert", name, size, 1.0, times) for name in ("all-gather", "reduce-scatter")]
-        first = 1 / PASSES[model.remat]  # the forward pass has nothing to do until it is there
-        return [Traffic("expert", "all-gather", size, first, times), Traffic("expert", "all-to-all", size, 0.0, times)]
+        return [Traffic("expert", name, size, 1.0, times) for name in ("all-gather", "reduce-scatter")]
     exact = model.moe.exchange == "ragged"  # rows there are, not those there is room for
     sent = setting.positions * model.moe.top_k if exact else rows(setting)
     operation = "ragged-all-to-all" if exact else "all-to-all"
@@ -183,8 +180,7 @@ def look_back(setting: Setting, times: float) -> Traffic:
 
 
 def link_traffic(setting: Setting) -> list[Traffic]:
-    """Weights are gathered and gradients scattered while others are used. Nothing hides the exchange of positions, but
-    on TPUs that of `gathered` (LOG.md has what was compiled)."""
+    """Weights are gathered and gradients scattered while others are used; nothing hides the exchange of positions."""
     model, axes = setting.experiment.model, setting.axes
     steps = model.layers * setting.experiment.optimizer.accumulate
     passes, width = PASSES[model.remat], setting.width
