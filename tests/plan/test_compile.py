@@ -21,7 +21,7 @@ pytestmark = [
         importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'tmljax[tpu]'"
     ),
 ]
-WHERE = find_slice("v5p:2x2x2")
+WHERE = find_slice("v5p:2x2x1")
 LAYERS = UNROLLED_IN_TRAINING + 1
 
 
@@ -40,7 +40,7 @@ def experiment() -> config.Experiment:
         model=model,
         data=config.Data(window=64, batch=8),
         optimizer=config.Optimizer(name="adamw"),
-        mesh=config.Mesh(data=1, fsdp=4, expert=2),
+        mesh=config.Mesh(data=1, fsdp=2, expert=2),
     )
 
 
@@ -88,7 +88,7 @@ def test_products_run_beside_the_experts_weights_and_gradients(compiled, setting
     found = [
         c
         for c in compiled.program.collectives(kernel_flops(setting))
-        if c.operation == operation and c.times == LAYERS and axis_of(c.members, setting.axes) == "fsdp"
+        if c.operation == operation and c.times == LAYERS and "fsdp" in axis_of(c.members, setting.axes)
     ]
     assert found
     assert sum(c.bytes for c in found if c.beside) > 0.5 * sum(c.bytes for c in found)
