@@ -82,13 +82,15 @@ def test_every_layer_gathers_its_own_weights_and_tokens(compiled, setting):
     assert {"fsdp", "expert"} <= scattered
 
 
-@pytest.mark.parametrize("operation", ["all-gather", "reduce-scatter"])
-def test_products_run_beside_the_experts_weights_and_gradients(compiled, setting, operation):
-    """The first are gathered, the second scattered by the SparseCore. LOG.md says which options make it so."""
+@pytest.mark.parametrize(
+    ("operation", "axes"), [("all-gather", ("fsdp", "fsdp+expert")), ("reduce-scatter", ("fsdp",))], ids=str
+)
+def test_products_run_beside_weights_and_the_experts_gradients(compiled, setting, operation, axes):
+    """The first are gathered, the second scattered. LOG.md says which options make it so."""
     found = [
         c
         for c in compiled.program.collectives(kernel_flops(setting))
-        if c.operation == operation and c.times == LAYERS and "fsdp" in axis_of(c.members, setting.axes)
+        if c.operation == operation and c.times == LAYERS and axis_of(c.members, setting.axes) in axes
     ]
     assert found
     assert sum(c.bytes for c in found if c.beside) > 0.5 * sum(c.bytes for c in found)
