@@ -248,3 +248,12 @@ def test_processes_that_share_only_some_examples_are_told():
     devices = np.array([Device(i, process_index=i // 3) for i in range(6)])
     mesh = replace_devices({"data": 3, "tensor": 2}, devices)
     assert "config.mesh.tensor=2; choose sizes" in complaint(process_rows, mesh, 6, 0)
+
+
+def test_axes_that_no_part_of_the_torus_makes_up_are_named(monkeypatch):
+    def refuse(*_, **__):
+        raise NotImplementedError
+
+    monkeypatch.setattr(sharding.mesh_utils, "create_device_mesh", refuse)
+    with pytest.raises(UserError, match=r"config.mesh \(fsdp=2, expert=4\) does not lie along the torus of these 8"):
+        make_mesh(Mesh(data=1, fsdp=2, expert=4))

@@ -50,10 +50,19 @@ PLACEMENT: dict[str, Place] = {
 
 
 def make_mesh(config: Mesh, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
-    """Raises UserError when the sizes do not make up the number of devices, or the slices are not there."""
+    """Raises UserError when the sizes do not make up the number of devices or do not lie along their torus, or the
+    slices are not there."""
     devices = list(jax.devices() if devices is None else devices)
     sizes = fill(config, len(devices))
-    return jax.sharding.Mesh(arrange(sizes, config.slices, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    try:
+        places = arrange(sizes, config.slices, devices)
+    except NotImplementedError:  # of JAX
+        said = ", ".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1)
+        raise UserError(
+            f"config.mesh ({said}) does not lie along the torus of these {len(devices)} devices; "
+            f"try sizes that are products of its dims or of their factors"
+        ) from None
+    return jax.sharding.Mesh(places, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def fill(config: Mesh, devices: int) -> dict[str, int]:
@@ -108,7 +117,7 @@ def arrange(sizes: dict[str, int], slices: int, devices: Sequence[Any]) -> np.nd
 def arrange_slice(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
     try:
         return mesh_utils.create_device_mesh(shape, devices)
-    except NotImplementedError:  # an axis is no product of whole physical ones
+    except NotImplementedError:  # of JAX: an axis is no product of whole physical ones
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
