@@ -31,7 +31,7 @@ def test_an_exchange_is_as_fast_as_the_middle_of_the_ring():
     assert collective_seconds(Traffic("expert", "all-to-all", 1e9, 1.0), 8, RING, V5P) == pytest.approx(
         crossing / (2 * 90e9)
     )
-    line = collective_seconds(Traffic("expert", "all-to-all", 1e9, 1.0), 8, (Run(8, 0.0),), V5P)
+    line = collective_seconds(Traffic("expert", "all-to-all", 1e9, 1.0), 8, (Run(8, False),), V5P)
     assert line == pytest.approx(crossing / 90e9)
 
 

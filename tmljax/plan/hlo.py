@@ -104,7 +104,8 @@ class Program:
 
     def collectives(self, kernels: Mapping[str, float] | None = None) -> Iterator[Collective]:
         """`kernels` has the FLOPs of a call of each, by how its name begins: what one multiplies no text tells."""
-        hidden = self._hidden(kernels or {})
+        kernels = kernels or {}
+        hidden = self._hidden(kernels)
         for name, times in self.times.items():
             if self.goes_on(name):
                 continue
@@ -125,8 +126,7 @@ class Program:
                     max((a.shape for a in instruction.results), key=math.prod, default=()),
                     first_group(instruction.rest),
                     times,
-                    beside=hidden.get(name, 0.0)
-                    or (self.flops_beside(name, instruction, kernels or {}) if starts else 0.0),
+                    beside=hidden.get(name, 0.0) or (self.flops_beside(name, instruction, kernels) if starts else 0.0),
                     name=f"{name}/{instruction.name}",
                     source=source[1] if source else "",
                 )
@@ -219,7 +219,8 @@ class Program:
 
 
 def batch_of(product: Instruction, left: Sequence[Array]) -> int:
-    """How many products of matrices it is; XLA:TPU writes them as the window of a convolution."""
+    """How many products of matrices it is; XLA:TPU writes them as the window of a convolution, and sometimes a sum over
+    two dims too, of which so too few FLOPs are counted."""
     window = re.search(r"window=\{size=([\dx]+)", product.rest)
     if window:
         return math.prod(map(int, window[1].split("x")))
