@@ -74,7 +74,7 @@ def run_side(command: list[str], side: str, seconds: float) -> dict:
 
 
 def measure_ours(seconds: float) -> dict:
-    from benchmarks.tick import Talk, about, percentiles, random_engine
+    from benchmarks.tick import Talk, about, draw_params, percentiles, random_engine
     from tmljax.config import Experiment, Flow, Model, Moe
     from tmljax.model.interaction import Definition
     from tmljax.stream.microturn import MICROTURN_SECONDS
@@ -86,7 +86,7 @@ def measure_ours(seconds: float) -> dict:
             flow=Flow(width=512, depth=3),
         )
     )  # fmt: skip
-    engine = random_engine(experiment, sessions=1)
+    engine = random_engine(experiment, draw_params(experiment), sessions=1)
     talk = Talk(engine)
     for _ in range(WARM):
         talk.tick()

@@ -15,6 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import numpy as np
@@ -26,7 +27,7 @@ from tmljax.config import Experiment, UserError
 from tmljax.decode.engine import Engine
 from tmljax.decode.program import engine_from_params, engine_from_workdir
 from tmljax.decode.session import Chunk, Live
-from tmljax.model.interaction import Definition
+from tmljax.model.interaction import Definition, Params
 from tmljax.stream.microturn import IDLE, MICROTURN_SAMPLES, MICROTURN_SECONDS
 from tmljax.stream.text import Tokenizer
 
@@ -45,11 +46,11 @@ def define_flags() -> None:
 
 def main(argv: Sequence[str]) -> None:
     given = flags.FLAGS
-    make = lambda sessions: (  # noqa: E731
-        engine_from_workdir(given.workdir, sessions)
-        if given.workdir
-        else random_engine(verb.load_experiment(given.config, given.config_field), sessions)
-    )
+    if given.workdir:
+        make = partial(engine_from_workdir, given.workdir)
+    else:
+        experiment = verb.load_experiment(given.config, given.config_field)
+        make = partial(random_engine, experiment, draw_params(experiment))
     for sessions in given.sessions:
         if not sessions.isdigit() or int(sessions) < 1:
             raise UserError(f"--sessions={sessions} must be whole numbers from 1, as in --sessions=1,8,32")
@@ -59,15 +60,19 @@ def main(argv: Sequence[str]) -> None:
         emit(flat(make(1), round(given.minutes * MINUTE)))
 
 
-def random_engine(experiment: Experiment, sessions: int) -> Engine:
-    """Of well-scaled random weights and a tokenizer that knows nothing: as fast or slow as trained ones."""
-    rng = np.random.default_rng(0)
+def draw_params(experiment: Experiment) -> Params:
+    """Well-scaled random weights."""
+    numbers = np.random.default_rng(0).standard_normal(2**20 + 1, np.float32)  # again and again: drawing takes minutes
 
     def draw(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
         fan_in = leaf.shape[-2] if leaf.ndim > 1 else 1
-        return (rng.standard_normal(leaf.shape, np.float32) / np.sqrt(fan_in)).astype(leaf.dtype)
+        return (np.resize(numbers, leaf.shape) / np.float32(np.sqrt(fan_in))).astype(leaf.dtype, copy=False)
 
-    params = jax.tree.map(draw, Definition(experiment.stream, experiment.model).abstract())
+    return jax.tree.map(draw, Definition(experiment.stream, experiment.model).abstract())
+
+
+def random_engine(experiment: Experiment, params: Params, sessions: int) -> Engine:
+    """With a tokenizer that knows nothing: as fast or slow as a trained one."""
     return engine_from_params(experiment, Tokenizer.train([], experiment.stream.vocab_size), params, sessions)
 
 

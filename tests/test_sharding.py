@@ -119,6 +119,17 @@ def eight(**sizes: int) -> jax.sharding.Mesh:
             "kv_heads=6; config.mesh.tensor=3 or 6 does",
         ),
         ({"model": {"d_model": 100}}, {"fsdp": 8}, "config.model.d_model=96 or 104"),
+        (
+            {"model": {"d_model": 32, "heads": 3, "kv_heads": 3, "head_dim": 4, "moe": {"shared_width": 64}}},
+            {"fsdp": 8},
+            "config.mesh.fsdp=8 does not divide config.model.heads=3 x config.model.head_dim=4; config.mesh.fsdp=6 or "
+            "12 does",
+        ),
+        (
+            {"model": {"d_model": 32, "moe": {"shared_width": 36}}},
+            {"fsdp": 4, "expert": 2},
+            "config.mesh.fsdp=4 x config.mesh.expert=2 does not divide config.model.moe.shared_width=36; ",
+        ),
         ({"stream": {"vocab_size": 1001}}, {"tensor": 2, "data": 4}, "config.stream.vocab_size=1000 or 1002"),
         (
             {"data": {"batch": 12}},
@@ -152,6 +163,12 @@ def eight(**sizes: int) -> jax.sharding.Mesh:
             {"model": {"moe": {"matmul": "grouped"}}},
             {"fsdp": 8},
             "config.model.moe.matmul='grouped' is a kernel for TPUs; on cpu use config.model.moe.matmul='blocks'",
+        ),
+        (
+            {"model": {"moe": {"matmul": "hopper"}}},
+            {"fsdp": 8},
+            "config.model.moe.matmul='hopper' is a kernel for NVIDIA H100 and H200; on cpu use "
+            "config.model.moe.matmul='blocks'",
         ),
         (
             {"model": {"d_model": 36}},

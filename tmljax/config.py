@@ -50,7 +50,8 @@ class Moe:
     shared_width: int = 384  # 0: no shared expert
     exchange: Literal["padded", "ragged", "gathered"] = "padded"  # between devices; ragged: TPU and GPU only
     capacity_factor: float | None = None  # room in the exchange against a balanced load; None: dropless
-    matmul: Literal["blocks", "ragged", "grouped"] = "blocks"  # of the experts in training; blocks: CPUs, grouped: TPU
+    # Of the experts in training; blocks: CPUs, ragged: as XLA does it, grouped: TPUs, hopper: NVIDIA H100 and H200.
+    matmul: Literal["blocks", "ragged", "grouped", "hopper"] = "blocks"
     tick_matmul: Literal["every", "gathered"] = "every"  # of the experts for the few tokens of a tick
     block_rows: int = 256  # rows of a block of "blocks"
     balance_rate: float = 1e-3  # step of the routing bias (loss-free balancing, arXiv 2408.15664)

@@ -38,9 +38,11 @@ PLACEMENT: dict[str, Place] = {
     "kv_heads": Place(("tensor",), "model.kv_heads"),
     "experts": Place(("expert",), "model.moe.experts"),
     "width": Place(("tensor",), "model.moe.expert_width"),
-    # That of `down`, whose last dim XLA:TPU would sum whole before it scatters the gradient.
-    "inner_width": Place(("tensor", "fsdp"), "model.moe.expert_width"),
     "shared_width": Place(("tensor",), "model.moe.shared_width"),
+    # The first of matrices whose last dim XLA:TPU would sum whole before it scatters the gradient.
+    "inner_heads": Place(("tensor", "fsdp", "expert"), None),
+    "inner_width": Place(("tensor", "fsdp"), "model.moe.expert_width"),
+    "inner_shared_width": Place(("tensor", "fsdp", "expert"), "model.moe.shared_width"),
     "vocab": Place(("tensor",), "stream.vocab_size"),
     "frame": Place(("fsdp",), "model.d_model"),
     "flow": Place(("fsdp", "expert"), "model.flow.width"),
@@ -141,7 +143,7 @@ def either(field: str, sizes: Iterable[int]) -> str:
 def check(experiment: Experiment, mesh: jax.sharding.Mesh) -> None:
     """Raises UserError for what the mesh does not divide or its platform lacks, naming the field and a remedy."""
     check_sizes(experiment, mesh.shape)
-    check_platform(experiment.model, mesh.shape, mesh.devices.flat[0].platform)
+    check_platform(experiment.model, mesh.shape, platform(mesh), mesh.devices.flat[0].device_kind)
 
 
 def check_sizes(experiment: Experiment, sizes: Mapping[str, int]) -> None:
@@ -155,6 +157,13 @@ def check_sizes(experiment: Experiment, sizes: Mapping[str, int]) -> None:
                 mesh_near = nearest_axes(sizes, place.axes, size)
                 remedy = f"{mesh_near} does, and so would {near}" if mesh_near else f"{near} would do"
                 raise UserError(f"{said(sizes, place.axes)} does not divide config.{place.field}={size}; {remedy}")
+    model, axes = experiment.model, PLACEMENT["inner_heads"].axes
+    if model.heads * model.head_dim % members(sizes, axes):
+        mesh_near = nearest_axes(sizes, axes, model.heads * model.head_dim)
+        raise UserError(
+            f"{said(sizes, axes)} does not divide config.model.heads={model.heads} x config.model.head_dim="
+            f"{model.head_dim}; {mesh_near} does"
+        )
     groups, parts = members(sizes, BATCH_AXES), experiment.optimizer.accumulate
     batch, window = experiment.data.batch, experiment.data.window
     if batch % (groups * parts):
@@ -170,8 +179,13 @@ def check_sizes(experiment: Experiment, sizes: Mapping[str, int]) -> None:
         )
 
 
-def check_platform(model: Model, sizes: Mapping[str, int], platform: str) -> None:
-    """Raises UserError for what the platform lacks, naming what it has."""
+def platform(mesh: jax.sharding.Mesh | None) -> str:
+    """ "cpu", "gpu" or "tpu": what a program on this mesh, or without one, is compiled for."""
+    return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+
+
+def check_platform(model: Model, sizes: Mapping[str, int], platform: str, kind: str) -> None:
+    """Raises UserError for what the platform lacks, or this kind of its devices, naming what it has."""
     moe = model.moe
     if model.attention == "splash" and platform != "tpu":
         raise UserError(
@@ -182,12 +196,43 @@ def check_platform(model: Model, sizes: Mapping[str, int], platform: str) -> Non
             f"config.model.moe.exchange='ragged' needs jax.lax.ragged_all_to_all, which XLA has on TPU and GPU, not on "
             f"{platform}; with config.mesh.expert={sizes['expert']} use config.model.moe.exchange='padded' here"
         )
+    remedy = {"cpu": "'blocks'", "tpu": "'grouped'", "gpu": "'hopper' (H100, H200) or 'ragged'"}[platform]
     if moe.matmul == "grouped" and platform != "tpu":
-        remedy = "blocks" if platform == "cpu" else "ragged"
         raise UserError(
             f"config.model.moe.matmul='grouped' is a kernel for TPUs; on {platform} use "
-            f"config.model.moe.matmul='{remedy}'"
+            f"config.model.moe.matmul={remedy}"
         )
+    if moe.matmul == "hopper":
+        if not any(name in kind.lower() for name in HOPPER):
+            remedy = "'ragged'" if platform == "gpu" else remedy
+            raise UserError(
+                f"config.model.moe.matmul='hopper' is a kernel for NVIDIA H100 and H200; on {kind} use "
+                f"config.model.moe.matmul={remedy}"
+            )
+        check_hopper(model, sizes)
+
+
+HOPPER = ("h100", "h200")  # in the kinds of these devices
+HOPPER_WIDTH = 128  # of which both sides of a matrix must be multiples
+
+
+def check_hopper(model: Model, sizes: Mapping[str, int]) -> None:
+    if model.dtype != "bfloat16":
+        raise UserError(
+            f"config.model.moe.matmul='hopper' multiplies bfloat16; with it set config.model.dtype='bfloat16', or keep "
+            f"'{model.dtype}' and use config.model.moe.matmul='ragged'"
+        )
+    for field, size, axes in (
+        ("d_model", model.d_model, ()),
+        ("moe.expert_width", model.moe.expert_width, ("tensor",)),
+    ):
+        unit = HOPPER_WIDTH * members(sizes, axes)
+        if size % unit:
+            over = f" on {said(sizes, axes)}" if unit > HOPPER_WIDTH else ""
+            raise UserError(
+                f"config.model.moe.matmul='hopper' needs multiples of {unit}{over}, and config.model.{field}={size}; "
+                f"try {either(f'model.{field}', multiples(size, unit))}"
+            )
 
 
 def members(sizes: Mapping[str, int], axes: Iterable[str]) -> int:
@@ -220,9 +265,10 @@ def param_shardings(mesh: jax.sharding.Mesh, axes: Any, params: Any) -> Any:
             axes, field = PLACEMENT[name]
             if size % members(mesh.shape, axes):
                 near = nearest_axes(mesh.shape, axes, size)
+                of = f" (config.{field})" if field else ""
                 raise UserError(
-                    f"{said(mesh.shape, axes)} does not divide the model's {name} dimension of {size} "
-                    f"(config.{field}){f'; {near} does' if near else ''}"
+                    f"{said(mesh.shape, axes)} does not divide the model's {name} dimension of {size}{of}"
+                    f"{f'; {near} does' if near else ''}"
                 )
         return NamedSharding(mesh, spec(names))
 

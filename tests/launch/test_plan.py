@@ -43,9 +43,23 @@ def test_a_number_that_is_none_is_refused():
     assert done.stderr.splitlines() == ["error: --tokens=nan must be a finite number"]
 
 
+def test_hopper_is_planned_where_it_works():
+    hopper = {"dtype": "bfloat16", "d_model": 256, "moe": {"matmul": "hopper", "expert_width": 384}}
+    plan = lambda model, where: settle(config.from_tree(config.Experiment, {"model": model}), find_slice(where))  # noqa: E731
+    assert plan(hopper, "h200:1x1").axes["expert"] == 1
+    for changes, where, said in (
+        ({}, "a100:1x1", r"kernel for NVIDIA H100 and H200; on a100 use config.model.moe.matmul='ragged'"),
+        ({}, "v5p:2x2x1", r"on v5p use config.model.moe.matmul='grouped'"),
+        ({"dtype": "float32"}, "h200:1x1", r"set config.model.dtype='bfloat16', or keep 'float32' and use"),
+        ({"d_model": 320}, "h200:1x1", r"needs multiples of 128, and config.model.d_model=320; try .*=256 or 384"),
+    ):
+        with pytest.raises(config.UserError, match=said):
+            plan(hopper | changes, where)
+
+
 def test_gpus_are_not_planned_with_what_they_lack():
     for model, remedy in (
-        ({"moe": {"matmul": "grouped"}}, r"on gpu use config.model.moe.matmul='ragged'"),
+        ({"moe": {"matmul": "grouped"}}, r"on gpu use config.model.moe.matmul='hopper' \(H100, H200\) or 'ragged'"),
         ({"attention": "splash"}, r"on gpu use config.model.attention='blocks'"),
     ):
         experiment = config.from_tree(config.Experiment, {"model": model})

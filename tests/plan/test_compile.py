@@ -22,7 +22,7 @@ pytestmark = [
     ),
 ]
 WHERE = find_slice("v5p:2x2x1")
-LAYERS = UNROLLED_IN_TRAINING + 1
+LAYERS = UNROLLED_IN_TRAINING["tpu"] + 1
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,8 @@ from tmljax.plan.parts import add, count_parts
 from tmljax.plan.setting import settle, shapes_of
 from tmljax.stream.microturn import MICROTURN_SECONDS, Layout
 
-CONFIG = Path(__file__).parents[2] / "configs" / "tml_interaction_small.py"
+CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIG = CONFIGS / "tml_interaction_small.py"
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +29,15 @@ def test_parameters(big):
     assert add(parts).total == pytest.approx(276e9, rel=0.01)
     assert add(parts).active == pytest.approx(12e9, rel=0.03)
     assert f"{add(parts).total / 1e9:.1f}B parameters, {add(parts).active / 1e9:.1f}B of them" in CONFIG.read_text()
+
+
+def test_what_fills_an_h200():
+    config = CONFIGS / "h200.py"
+    experiment = verb.load_experiment(str(config))
+    parts = add(count_parts(Definition(experiment.stream, experiment.model)))
+    assert f"{parts.total / 1e9:.1f}B parameters, {parts.active / 1e9:.1f}B of them active" in config.read_text()
+    positions = experiment.data.batch * len(Layout(experiment.stream).positions(experiment.data.window))
+    assert f"a batch {positions:,}" in config.read_text()
 
 
 def test_nothing_large_is_held_twice(big):

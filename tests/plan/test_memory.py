@@ -114,3 +114,24 @@ def test_a_tile_of_rows_is_worked_on_for_each_expert_in_it(small, setting, monke
     monkeypatch.setattr(work.experts, "TILE_ROWS", 8)
     more = work.executed_flops(settle(change(small, matmul="grouped"), WHERE)) - work.executed_flops(setting)
     assert more == pytest.approx(4 * 2 * 16 * 18 * L * 2 * 3 * D * W * 3 / 18)
+
+
+def test_dots_keep_products_and_attention(small):
+    """Of kernels too: what experts' gate, up and down gave is kept, and nothing but scores is made again."""
+    small = dataclasses.replace(small, model=dataclasses.replace(small.model, remat="dots"))
+    dots = settle(change(small, matmul="ragged"), WHERE)
+    full = settle(dataclasses.replace(small, model=dataclasses.replace(small.model, remat="full")), WHERE)
+    kept = 2 * D + (H + 2 * K) * h + H * h + 2 * S + E  # numbers a position, beside the layer's input
+    more = memory.saved(dots) - memory.saved(full)
+    assert more == pytest.approx(L * 4 * (N * kept + memory.rows(dots) * (2 * W + D)))
+    scores = 2 * small.data.batch * work.attention_flops(small) / 6
+    assert work.executed_flops(dots) - work.model_flops(dots) == pytest.approx(scores)
+
+
+def test_gpus_work_on_every_row_for_each_expert(small):
+    """But for kernels of their own: forward, again and twice backward, and half of the experts are here."""
+    wide = dataclasses.replace(small.model, d_model=128, dtype="bfloat16")
+    small = change(dataclasses.replace(small, model=wide), expert_width=128)
+    ragged, hopper = (settle(change(small, matmul=m), find_slice("h200:1x4")) for m in ("ragged", "hopper"))
+    routed = 2 * 16 * 18 * L * 2 * 3 * 128 * 128
+    assert work.executed_flops(ragged) - work.executed_flops(hopper) == pytest.approx(4 * routed * (E / 2 - 1))

@@ -45,7 +45,7 @@ class Attention(nnx.Module):
         self.k = dense(rngs, (D, K * h), ("embed", "kv_heads"), fan_in=D)
         self.q[...] = resemble(self.q[...], self.k[...], self.shape)
         self.v = dense(rngs, (D, K * h), ("embed", "kv_heads"), fan_in=D)
-        self.out = dense(rngs, (H * h, D), ("heads", "embed"), fan_in=H * h, gain=(2 * model.layers) ** -0.5)
+        self.out = dense(rngs, (H * h, D), ("inner_heads", "small"), fan_in=H * h, gain=(2 * model.layers) ** -0.5)
         self.q_norm = constant((h,), ("small",), 1.0)
         self.k_norm = constant((h,), ("small",), 1.0)
         self.sink = constant((H,), ("small",))
@@ -77,7 +77,8 @@ EXCHANGES = {"padded": dispatch.padded, "ragged": dispatch.ragged, "gathered": d
 def local_work(moe: config.Moe) -> dispatch.Local:
     if moe.matmul == "blocks":
         return dispatch.in_blocks(moe.block_rows)
-    return dispatch.in_rows(expert_ops.grouped if moe.matmul == "grouped" else expert_ops.ragged)
+    products = {"ragged": expert_ops.ragged, "grouped": expert_ops.grouped, "hopper": expert_ops.hopper}
+    return dispatch.in_rows(products[moe.matmul])
 
 
 class ExpertLayer(nnx.Module):
@@ -96,7 +97,7 @@ class ExpertLayer(nnx.Module):
         if S:
             self.shared_gate = dense(rngs, (D, S), ("embed", "shared_width"), fan_in=D)
             self.shared_up = dense(rngs, (D, S), ("embed", "shared_width"), fan_in=D)
-            self.shared_down = dense(rngs, (S, D), ("shared_width", "embed"), fan_in=S, gain=gain)
+            self.shared_down = dense(rngs, (S, D), ("inner_shared_width", "small"), fan_in=S, gain=gain)
 
     @jax.named_scope("experts")
     def __call__(

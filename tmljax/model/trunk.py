@@ -15,21 +15,25 @@ from tmljax.model.block import Block, MoeReport
 from tmljax.model.params import constant
 from tmljax.ops.attention import Plan, attend, attend_one_by_one, forgetful, in_blocks, see
 from tmljax.ops.context import make_look
+from tmljax.ops.keep import PRODUCT
 from tmljax.ops.norm import rms_norm
 from tmljax.ops.splash import through_splash
-from tmljax.sharding import spread
+from tmljax.sharding import platform, spread
 
 QUERY_TURNS = 16  # micro-turns in a block of queries
 
 REMAT = {  # beside "none"
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(PRODUCT),
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
 
-# Layers up to which nothing is scanned: XLA:CPU copies each layer's weights out of the stack, in training its
-# activations into another. A longer training program takes too long to compile.
-UNROLLED_IN_TICK, UNROLLED_IN_TRAINING = 16, 8
+# Layers up to which nothing is scanned: XLA:CPU and XLA:GPU copy each layer's weights out of the stack, in training
+# its activations into another. A longer training program takes a CPU too long to compile.
+UNROLLED_IN_TICK, UNROLLED_IN_TRAINING = 16, {"cpu": 8, "tpu": 8, "gpu": 16}
 
 
 def unrolled(model: config.Model) -> bool:
@@ -41,8 +45,7 @@ def choose_attention(model: config.Model, mesh: Mesh | None) -> Plan:
     """How training attends. Of blocks, what is fast on a CPU costs an accelerator its parallelism."""
     if model.attention == "splash":
         return through_splash()
-    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    if platform == "cpu":
+    if platform(mesh) == "cpu":
         return in_blocks(QUERY_TURNS, attend_one_by_one)
     return in_blocks(QUERY_TURNS, attend if model.remat == "none" else forgetful)
 
@@ -84,7 +87,9 @@ class Trunk(nnx.Module):
 
         if self.model.remat != "none":
             step = jax.checkpoint(step, policy=REMAT[self.model.remat], prevent_cse=False)
-        x_BPD, report = jax.lax.scan(step, x_BPD, stacked, unroll=self.model.layers <= UNROLLED_IN_TRAINING)
+        x_BPD, report = jax.lax.scan(
+            step, x_BPD, stacked, unroll=self.model.layers <= UNROLLED_IN_TRAINING[platform(mesh)]
+        )
         return rms_norm(x_BPD, self.norm[...]), report
 
     def extend(

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tmljax.ops.keep import keep
+
 Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]  # as `attend` below
 
 
@@ -141,7 +143,9 @@ def in_blocks(block: int, attend: Attend = attend) -> Plan:
                 see(turn_1Q[:, q], slot_Q[q], turn_1Q[:, k], slot_Q[k], present_BQ[:, k], window) for q, k in sights
             ]
 
-        return Sight(mask, lambda q, k, v, masks, sink_H: attend_in_blocks(q, k, v, blocks, masks, sink_H, attend))
+        return Sight(
+            mask, lambda q, k, v, masks, sink_H: keep(attend_in_blocks(q, k, v, blocks, masks, sink_H, attend))
+        )
 
     return plan
 

@@ -54,7 +54,7 @@ def in_blocks(rows: int) -> Local:
 
 
 def in_rows(multiply: Callable[[jax.Array, jax.Array, Experts], jax.Array]) -> Local:
-    """Rows sorted by expert without gaps, for `ops.ragged` or `ops.grouped`."""
+    """Rows sorted by expert without gaps, for `ops.ragged`, `ops.grouped` or `ops.hopper`."""
     return Local(ops.sort_rows, multiply)
 
 

@@ -2,8 +2,9 @@
 
 `every_expert` is the plain version: all experts on all tokens, then the chosen are picked. `blocked` sorts tokens
 by expert into blocks of equal size and takes one after another, as many as there are: dropless, static shapes, fast
-where `jax.lax.ragged_dot` is not (XLA:CPU). `ragged` is `jax.lax.ragged_dot`, for accelerators; `grouped` is JAX's
-Pallas kernel for TPUs, where XLA would multiply every row with every expert to get the gradient of `ragged`'s weights.
+where `jax.lax.ragged_dot` is not (XLA:CPU). `ragged` is `jax.lax.ragged_dot`, for accelerators; `grouped` and `hopper`
+are JAX's Pallas kernels for TPUs and for NVIDIA Hopper, where XLA would multiply every row with every expert: on TPUs
+to get the gradient of `ragged`'s weights, on GPUs always.
 `gathered` fetches each token's own experts (gather + GEMV), for the few tokens of a tick when there are many experts.
 
 Legend: N tokens, A assignments (rows that carry an expert id; -1 marks an empty row), D d_model, E experts,
@@ -17,6 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tmljax.ops.hopper import multiply as multiply_on_hopper
+from tmljax.ops.keep import keep
 from tmljax.ops.project import project
 
 
@@ -96,7 +99,8 @@ def sort_rows(expert_A: jax.Array, experts: int, room: int) -> Sorted:
     number_A = jnp.arange(A, dtype=jnp.int32)
     key_A, source_A = jax.lax.sort((jnp.where(there_A, expert_A, experts), number_A), num_keys=1)
     _, row_A = jax.lax.sort((source_A, number_A), num_keys=1)
-    end_E = jnp.searchsorted(key_A, jnp.arange(experts, dtype=key_A.dtype), side="right").astype(jnp.int32)
+    ids_E = jnp.arange(experts, dtype=key_A.dtype)
+    end_E = jnp.searchsorted(key_A, ids_E, side="right", method="compare_all").astype(jnp.int32)  # else in a loop
     source_R = jnp.where(number_A[:room] < end_E[-1], source_A[:room], A)
     return Sorted(jnp.where(there_A, jnp.minimum(row_A, room), room), source_R, fit(end_E, room))
 
@@ -223,9 +227,16 @@ def add_up(x_bX: jax.Array, d_bY: jax.Array) -> jax.Array:
 
 def ragged(x_RD: jax.Array, rows_E: jax.Array, experts: Experts) -> jax.Array:
     """Rows sorted by expert, `rows_E` of them each, through `jax.lax.ragged_dot`."""
-    a_RW = jax.lax.ragged_dot(x_RD, experts.gate_EDW, rows_E)
-    u_RW = jax.lax.ragged_dot(x_RD, experts.up_EDW, rows_E)
-    return jax.lax.ragged_dot(jax.nn.silu(a_RW) * u_RW, experts.down_EWD, rows_E)
+    a_RW = keep(jax.lax.ragged_dot(x_RD, experts.gate_EDW, rows_E))
+    u_RW = keep(jax.lax.ragged_dot(x_RD, experts.up_EDW, rows_E))
+    return keep(jax.lax.ragged_dot(jax.nn.silu(a_RW) * u_RW, experts.down_EWD, rows_E))
+
+
+def hopper(x_RD: jax.Array, rows_E: jax.Array, experts: Experts) -> jax.Array:
+    """As `ragged`, through JAX's kernels for NVIDIA Hopper; rows beyond the experts' are zero."""
+    both_EDV = jnp.concatenate([experts.gate_EDW, experts.up_EDW], axis=2)  # one product reads x once
+    h_RW = gate_halves(keep(multiply_on_hopper(x_RD, both_EDV, rows_E)))
+    return keep(multiply_on_hopper(h_RW, experts.down_EWD, rows_E))
 
 
 TILE_ROWS = 256  # that `grouped` works on at once; a tile that lies across experts is worked on for each of them
@@ -246,7 +257,7 @@ def grouped(x_RD: jax.Array, rows_E: jax.Array, experts: Experts, interpret: boo
     R, padded = x_RD.shape[0], -(-x_RD.shape[0] // TILE_ROWS) * TILE_ROWS
 
     def multiply(x: jax.Array, weight: jax.Array) -> jax.Array:
-        return gmm(x, weight, rows_E, x.dtype, tile, interpret=interpret)
+        return keep(gmm(x, weight, rows_E, x.dtype, tile, interpret=interpret))
 
     x_RD = jnp.pad(x_RD, ((0, padded - R), (0, 0)))
     h_RW = jax.nn.silu(multiply(x_RD, experts.gate_EDW)) * multiply(x_RD, experts.up_EDW)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tmljax.ops.attention import Plan, Sight, see
+from tmljax.ops.keep import PRODUCT
 
 BLOCK = 256  # queries and keys that the kernel works on at once
 LANES = 128  # of which its blocks are multiples
@@ -85,7 +86,14 @@ def make_kernel(mask_PR: np.ndarray, heads: int, interpret: bool):
     )
     with jax.ensure_compile_time_eval():  # its tables are constants, not part of the trace that asks first
         masks = splash.MultiHeadMask([splash.NumpyMask(mask_PR)] * heads)
-        return splash.make_splash_mha(masks, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
+        return splash.make_splash_mha(
+            masks,
+            block_sizes=sizes,
+            residual_checkpoint_name=PRODUCT,
+            head_shards=1,
+            q_seq_shards=1,
+            interpret=interpret,
+        )
 
 
 def run_kernel(kernel, q_BHPh, k_BKRh, v_BKRh, segment_BR, sink_H) -> jax.Array:

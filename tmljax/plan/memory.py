@@ -49,10 +49,10 @@ def saved(setting: Setting) -> float:
     model, N, width = setting.experiment.model, setting.positions, setting.width
     tensor = setting.axes["tensor"]
     D, qkv = model.d_model, (model.heads + 2 * model.kv_heads) * model.head_dim / tensor
-    S, W = model.moe.shared_width / tensor, model.moe.expert_width / tensor
+    S, W, heads = (n / tensor for n in (model.moe.shared_width, model.moe.expert_width, model.heads * model.head_dim))
     per_position = {
         "full": D,
-        "dots": 3 * D + qkv + 2 * S + model.moe.experts * 4 / width,
+        "dots": 3 * D + qkv + heads + 2 * S + model.moe.experts * 4 / width,
         "none": 6 * D + 3 * qkv + 4 * S + model.moe.experts * 12 / width,
     }[model.remat]
     layer = N * per_position * width
@@ -61,6 +61,8 @@ def saved(setting: Setting) -> float:
             setting, setting.length / setting.axes["context"]
         )
         layer += layer_weights(setting)
+    elif model.remat == "dots":
+        layer += rows(setting) * (D + 2 * W) * width
     return model.layers * layer
 
 

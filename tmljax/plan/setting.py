@@ -115,7 +115,7 @@ def settle(experiment: Experiment, where: Slice) -> Setting:
         )
     setting = Setting(experiment, where, fill(experiment.mesh, where.devices))
     check_sizes(experiment, setting.axes)
-    check_platform(experiment.model, setting.axes, "tpu" if where.compiles else "gpu")
+    check_platform(experiment.model, setting.axes, where.chip.kind, where.chip.name)
     _ = setting.state
     return setting
 

@@ -17,6 +17,7 @@ from tmljax.stream.microturn import Layout
 from tmljax.train.speed import attention_flops, step_flops
 
 PASSES = {"none": 2, "dots": 3, "full": 3}  # of a layer's weights: forward, again, backward
+FORWARD = {"none": 1, "dots": 1, "full": 2}  # passes of what remat="dots" keeps: products and attention
 
 
 def estimate(setting: Setting) -> Work:
@@ -38,15 +39,20 @@ def executed_flops(setting: Setting) -> float:
     places = 2.0 * batch * setting.length * model.layers
     routed = places * moe.top_k * 3 * D * moe.expert_width
     dense = 2 * D * (model.heads + model.kv_heads) * model.head_dim + 3 * D * moe.shared_width + D * moe.experts
-    again = {"none": 0.0, "dots": routed, "full": routed + places * dense}
-    experts_again = (PASSES[model.remat] + 1) * routed * (tiles_worked(setting) - 1)
+    again = {"none": 0.0, "dots": 0.0, "full": routed + places * dense}
+    experts_again = (FORWARD[model.remat] + 2) * routed * (rows_worked(setting) - 1)
     return model_flops(setting) + again[model.remat] + experts_again + attention_again(setting)
 
 
-def tiles_worked(setting: Setting) -> float:
-    """Rows in the tiles of a grouped product against its rows, with balanced experts: a tile is worked on once for each
-    expert that has rows in it, and two experts meet in one tile, bar chance."""
+def rows_worked(setting: Setting) -> float:
+    """Rows that the experts' products work on, against the rows there are.
+
+    XLA:GPU works on every row for each of a device's experts. A tile of a grouped product is worked on once for each
+    expert that has rows in it, and two experts meet in one tile, bar chance, when experts are balanced.
+    """
     moe = setting.experiment.model.moe
+    if moe.matmul == "ragged" and setting.where.chip.kind == "gpu":
+        return moe.experts / setting.axes["expert"]
     if moe.matmul != "grouped":
         return 1.0
     tiles = setting.positions * moe.top_k / experts.TILE_ROWS
@@ -56,15 +62,15 @@ def tiles_worked(setting: Setting) -> float:
 def attention_again(setting: Setting) -> float:
     """What attention computes beyond the six products that MFU counts: scores and mixtures forward, four backward.
 
-    Blocks make scores again for the block and, with remat, for the layer. Splash works on whole blocks of pairs, seen
-    or not, and its two backward kernels take seven products.
+    Blocks make scores again for the block with any remat, and with a full one for the layer. Splash works on whole
+    blocks of pairs, seen or not, and its two backward kernels take seven products.
     """
     experiment, model = setting.experiment, setting.experiment.model
     product = experiment.data.batch * attention_flops(experiment) / 6
     if model.attention == "blocks":
-        return 0.0 if model.remat == "none" else 4 * product
+        return 0.0 if model.remat == "none" else 2 * FORWARD[model.remat] * product
     worked = tile_pairs(setting.layout, experiment.data.window, model.window).worked
-    return product * (worked / seen_pairs(setting) * (2 * (PASSES[model.remat] - 1) + 7) - 6)
+    return product * (worked / seen_pairs(setting) * (2 * FORWARD[model.remat] + 7) - 6)
 
 
 class Tiles(NamedTuple):
@@ -98,8 +104,9 @@ def memory_traffic(setting: Setting, accumulate: int) -> float:
     passes = PASSES[model.remat]
     weights = layer_weights(setting) * (2 * passes + 2)
     qkv = (2 * model.heads + 2 * model.kv_heads) * model.head_dim / tensor
-    activations = (N * (10 * D + 3 * qkv) + R * (8 * D + 6 * W / tensor)) * setting.width * (passes + 1)
-    scores = 0.0 if model.attention == "splash" else attended(setting) * 4 * 4 * (passes + 1)
+    times = FORWARD[model.remat] + 2
+    activations = (N * (10 * D + 3 * qkv) + R * (8 * D + 6 * W / tensor)) * setting.width * times
+    scores = 0.0 if model.attention == "splash" else attended(setting) * 4 * 4 * times
     return update + accumulate * model.layers * (weights + activations + scores) + kernel_traffic(setting)
 
 
@@ -130,7 +137,7 @@ def kernel_flops(setting: Setting) -> dict[str, float]:
 def kernel_traffic(setting: Setting) -> float:
     """Bytes that kernels read more than once in a step, block by block; a compiler counts a kernel's operands once."""
     model, accumulate = setting.experiment.model, setting.experiment.optimizer.accumulate
-    forward, layer = PASSES[model.remat] - 1, 0.0
+    forward, layer = FORWARD[model.remat], 0.0
     if model.attention == "splash":  # its backward pass is two kernels
         layer += (forward + 2) * splash_reads(setting)
     if model.moe.matmul == "grouped":
