@@ -120,12 +120,6 @@ def eight(**sizes: int) -> jax.sharding.Mesh:
         ),
         ({"model": {"d_model": 100}}, {"fsdp": 8}, "config.model.d_model=96 or 104"),
         (
-            {"model": {"d_model": 32, "heads": 3, "kv_heads": 3, "head_dim": 4, "moe": {"shared_width": 64}}},
-            {"fsdp": 8},
-            "config.mesh.fsdp=8 does not divide config.model.heads=3 x config.model.head_dim=4; config.mesh.fsdp=6 or "
-            "12 does",
-        ),
-        (
             {"model": {"d_model": 32, "moe": {"shared_width": 36}}},
             {"fsdp": 4, "expert": 2},
             "config.mesh.fsdp=4 x config.mesh.expert=2 does not divide config.model.moe.shared_width=36; ",

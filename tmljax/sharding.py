@@ -40,7 +40,6 @@ PLACEMENT: dict[str, Place] = {
     "width": Place(("tensor",), "model.moe.expert_width"),
     "shared_width": Place(("tensor",), "model.moe.shared_width"),
     # The first of matrices whose last dim XLA:TPU would sum whole before it scatters the gradient.
-    "inner_heads": Place(("tensor", "fsdp", "expert"), None),
     "inner_width": Place(("tensor", "fsdp"), "model.moe.expert_width"),
     "inner_shared_width": Place(("tensor", "fsdp", "expert"), "model.moe.shared_width"),
     "vocab": Place(("tensor",), "stream.vocab_size"),
@@ -157,13 +156,6 @@ def check_sizes(experiment: Experiment, sizes: Mapping[str, int]) -> None:
                 mesh_near = nearest_axes(sizes, place.axes, size)
                 remedy = f"{mesh_near} does, and so would {near}" if mesh_near else f"{near} would do"
                 raise UserError(f"{said(sizes, place.axes)} does not divide config.{place.field}={size}; {remedy}")
-    model, axes = experiment.model, PLACEMENT["inner_heads"].axes
-    if model.heads * model.head_dim % members(sizes, axes):
-        mesh_near = nearest_axes(sizes, axes, model.heads * model.head_dim)
-        raise UserError(
-            f"{said(sizes, axes)} does not divide config.model.heads={model.heads} x config.model.head_dim="
-            f"{model.head_dim}; {mesh_near} does"
-        )
     groups, parts = members(sizes, BATCH_AXES), experiment.optimizer.accumulate
     batch, window = experiment.data.batch, experiment.data.window
     if batch % (groups * parts):
@@ -265,10 +257,9 @@ def param_shardings(mesh: jax.sharding.Mesh, axes: Any, params: Any) -> Any:
             axes, field = PLACEMENT[name]
             if size % members(mesh.shape, axes):
                 near = nearest_axes(mesh.shape, axes, size)
-                of = f" (config.{field})" if field else ""
                 raise UserError(
-                    f"{said(mesh.shape, axes)} does not divide the model's {name} dimension of {size}{of}"
-                    f"{f'; {near} does' if near else ''}"
+                    f"{said(mesh.shape, axes)} does not divide the model's {name} dimension of {size} "
+                    f"(config.{field}){f'; {near} does' if near else ''}"
                 )
         return NamedSharding(mesh, spec(names))
 

@@ -45,7 +45,7 @@ class Attention(nnx.Module):
         self.k = dense(rngs, (D, K * h), ("embed", "kv_heads"), fan_in=D)
         self.q[...] = resemble(self.q[...], self.k[...], self.shape)
         self.v = dense(rngs, (D, K * h), ("embed", "kv_heads"), fan_in=D)
-        self.out = dense(rngs, (H * h, D), ("inner_heads", "small"), fan_in=H * h, gain=(2 * model.layers) ** -0.5)
+        self.out = dense(rngs, (H * h, D), ("heads", "embed"), fan_in=H * h, gain=(2 * model.layers) ** -0.5)
         self.q_norm = constant((h,), ("small",), 1.0)
         self.k_norm = constant((h,), ("small",), 1.0)
         self.sink = constant((H,), ("small",))
