@@ -1,7 +1,7 @@
-"""A duplex model that two CPU cores train in 35 to 45 minutes, 1,750 steps of 1.2 to 1.6 s (`benchmarks.train`).
+"""A duplex model that two CPU cores train in 40 to 50 minutes, 1,900 steps of 1.2 to 1.6 s (`benchmarks.train`).
 
-Reached: takes 96 % of turns at 0.35 s, takes over in 6 % of pauses, stops at every interruption (in 0.5 s), keeps the
-floor under all backchannels, answers nothing that wants no answer, content 84 %, verbal cue 38 %, visual cue 65 %.
+Reached: takes 97 % of turns at 0.36 s, takes over in 9 % of pauses, stops at every interruption (in 0.5 s), keeps the
+floor under 89 % of backchannels, answers 2 % of what wants no answer, content 88 %, verbal cue 56 %, visual cue 83 %.
 
 python -m launch.train --config=configs/demo.py --workdir=runs/demo
 """
