@@ -105,7 +105,7 @@ def describe(experiment: Experiment, training: Training, seconds: float) -> dict
         "parameters": count(model.abstract()),
         "batch": flags.FLAGS.batch,
         "positions": experiment.data.batch * len(model.layout.positions(experiment.data.window)),
-        "loss": round(float(training.metrics["loss"]), 3),
+        "loss": round(float(training.metrics["loss/total"]), 3),
         "step_ms": round(1e3 * seconds, 1),
         "model_tflops_per_second": round(flops / seconds / 1e12, 3),
         "mfu": peak and round(flops / seconds / peak, 3),

@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
         tflops = 3 * 6 * given.rows * model.d_model * model.moe.expert_width / seconds / 1e12
         line = {"benchmark": "grouped", "way": name, "rows": given.rows, "ms": round(1e3 * seconds, 3)}
         line |= {
-            "tflops_per_second": round(tflops, 2),
+            "tflops_per_second": round(tflops, 4),
             "error": None if name == "dense" else round(error(got, want), 5),
         }
         print(json.dumps(line | {"device": jax.devices()[0].device_kind, "jax": jax.__version__}), flush=True)

@@ -172,8 +172,12 @@ def check_sizes(experiment: Experiment, sizes: Mapping[str, int]) -> None:
 
 
 def platform(mesh: jax.sharding.Mesh | None) -> str:
-    """ "cpu", "gpu" or "tpu": what a program on this mesh, or without one, is compiled for."""
+    """What a program on this mesh, or without one, is compiled for: "cpu", "gpu" or "tpu"."""
     return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+
+
+HOPPER = ("h100", "h200")  # in the kinds of these devices
+HOPPER_WIDTH = 128  # of which both sides of a matrix must be multiples
 
 
 def check_platform(model: Model, sizes: Mapping[str, int], platform: str, kind: str) -> None:
@@ -204,11 +208,8 @@ def check_platform(model: Model, sizes: Mapping[str, int], platform: str, kind: 
         check_hopper(model, sizes)
 
 
-HOPPER = ("h100", "h200")  # in the kinds of these devices
-HOPPER_WIDTH = 128  # of which both sides of a matrix must be multiples
-
-
 def check_hopper(model: Model, sizes: Mapping[str, int]) -> None:
+    """What the kernels of tmljax/ops/hopper.py ask for."""
     if model.dtype != "bfloat16":
         raise UserError(
             f"config.model.moe.matmul='hopper' multiplies bfloat16; with it set config.model.dtype='bfloat16', or keep "

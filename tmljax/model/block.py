@@ -71,14 +71,14 @@ def resemble(q_DX: jax.Array, k_DY: jax.Array, shape: tuple[int, int, int]) -> j
     return (0.5**0.5 * (q_DKGh + k_DK1h)).reshape(q_DX.shape)
 
 
+PRODUCTS = {"ragged": expert_ops.ragged, "grouped": expert_ops.grouped, "hopper": expert_ops.hopper}
 EXCHANGES = {"padded": dispatch.padded, "ragged": dispatch.ragged, "gathered": dispatch.gathered}
 
 
 def local_work(moe: config.Moe) -> dispatch.Local:
     if moe.matmul == "blocks":
         return dispatch.in_blocks(moe.block_rows)
-    products = {"ragged": expert_ops.ragged, "grouped": expert_ops.grouped, "hopper": expert_ops.hopper}
-    return dispatch.in_rows(products[moe.matmul])
+    return dispatch.in_rows(PRODUCTS[moe.matmul])
 
 
 class ExpertLayer(nnx.Module):

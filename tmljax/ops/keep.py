@@ -7,5 +7,5 @@ PRODUCT = "product"  # how a remat policy knows it
 
 
 def keep(x: jax.Array) -> jax.Array:
-    """x, of a product or attention that a kernel makes, or a loop: no policy would know it for one."""
+    """For what a kernel or a loop multiplied: to a policy it is no product."""
     return checkpoint_name(x, PRODUCT)
