@@ -1,5 +1,6 @@
 """The host driver: what reaches the tick, what comes back, and that neighbours do not matter."""
 
+import itertools
 from dataclasses import replace
 
 import jax
@@ -8,9 +9,9 @@ import pytest
 
 from tmljax import config
 from tmljax.decode.engine import Engine
-from tmljax.decode.program import engine_from_params
+from tmljax.decode.program import engine_from_params, weights_of
 from tmljax.decode.session import Chunk, Live, SessionInput, converse, microturns
-from tmljax.model.interaction import Definition
+from tmljax.model.interaction import Definition, Params
 from tmljax.stream import dmel
 from tmljax.stream.microturn import HOLD, IDLE, MICROTURN_SAMPLES, Layout, output_seconds
 from tmljax.stream.record import Session, Word
@@ -37,14 +38,10 @@ class CountingVocoder:
     latency_samples = 0
 
     def stream(self):
-        return CountingVocoder()
+        return itertools.count(1)
 
-    def __init__(self):
-        self.pushes = 0
-
-    def push(self, mel):
-        self.pushes += 1
-        return np.full(MICROTURN_SAMPLES, self.pushes, np.float32)
+    def push(self, streams, mel_NFM):
+        return np.stack([np.full(MICROTURN_SAMPLES, next(stream), np.float32) for stream in streams])
 
 
 class ScriptedEngine:
@@ -178,11 +175,16 @@ def test_live_refuses_what_it_cannot_do(tokenizer):
 
 
 @pytest.fixture(scope="module")
-def engine(tokenizer) -> Engine:
-    """Three slots of a real tick, its parameters random everywhere: no path hides behind a zero."""
+def params() -> Params:
+    """Random everywhere: no path hides behind a zero."""
     rng = np.random.default_rng(1)
     shapes = Definition(STREAM, MODEL).abstract()
-    params = jax.tree.map(lambda leaf: rng.normal(0.3, 0.3, leaf.shape).astype(leaf.dtype), shapes)
+    return jax.tree.map(lambda leaf: rng.normal(0.3, 0.3, leaf.shape).astype(leaf.dtype), shapes)
+
+
+@pytest.fixture(scope="module")
+def engine(tokenizer, params) -> Engine:
+    """Three slots of a real tick."""
     return engine_from_params(EXPERIMENT, tokenizer, params, sessions=3)
 
 
@@ -213,3 +215,31 @@ def test_seed_and_input_matter(engine):
     assert (first.mel != other_seed.mel).any()
     assert (first.text != other_seed.text).any()
     assert (first.mel != other_input.mel).any()
+
+
+def test_a_tick_holds_matrices_in_the_dtype_of_activations(tokenizer, params, monkeypatch):
+    """And so says what one says that holds the same numbers in float32."""
+    half = replace(EXPERIMENT, model=replace(MODEL, dtype="bfloat16"))
+    held = Definition(STREAM, half.model).held()
+    params = jax.tree.map(lambda leaf, shape: leaf.astype(shape.dtype).astype(np.float32), params, held)
+    me = SessionInput(noise(16000, 1))
+    (said,) = converse(engine_from_params(half, tokenizer, params), [me], [7])
+    weights = weights_of(params, Definition(STREAM, half.model))
+    dtypes = {name.split("trunk.blocks.0.")[-1]: weight.dtype.name for name, weight in weights.items()}
+    matrices = (
+        "attention.q",
+        "attention.out",
+        "experts.down",
+        "experts.shared_up",
+        "text_head.unembed",
+        "patches.last",
+    )
+    for name in matrices:
+        assert dtypes[name] == "bfloat16"
+    for name in ("attention.norm", "experts.router", "tokens", "flow_head.enter"):  # work in float32
+        assert dtypes[name] == "float32"
+
+    monkeypatch.setattr(Definition, "held", Definition.abstract)
+    (plain,) = converse(engine_from_params(half, tokenizer, params), [me], [7])
+    assert (said.text > 2).any()
+    assert_same(said, plain)

@@ -5,6 +5,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -103,11 +104,22 @@ def test_what_is_written(exported, params, tokenizer):
     assert manifest["inputs"]["user_dmel"] == {"shape": [1, 8, 80], "dtype": "uint8"}
     assert manifest["versions"]["jax"] == jax.__version__
     weights = load_file(exported / "weights.safetensors")
-    for name, leaf in weights_of(params, MODEL).items():
+    for name, leaf in weights_of(params, Definition(STREAM, MODEL)).items():
         np.testing.assert_array_equal(weights[name], leaf)
     assert manifest["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(params))
     assert config.from_json((exported / "config.json").read_text()) == EXPERIMENT
     assert Tokenizer.load(exported / "tokenizer.json").encode(" three") == tokenizer.encode(" three")
+
+
+def test_half_precision_weighs_half_and_says_the_same(exported, params, tokenizer, audio, tmp_path):
+    half = replace(EXPERIMENT, model=replace(MODEL, dtype="bfloat16"))
+    export.export(tmp_path / "half", half, tokenizer, params, step=12)
+    weights, full = (load_file(folder / "weights.safetensors") for folder in (tmp_path / "half", exported))
+    assert 2 * weights["trunk.blocks.0.attention.q"].nbytes == full["trunk.blocks.0.attention.q"].nbytes
+    (said,) = converse(bundle.load(tmp_path / "half"), [SessionInput(audio)], [5])
+    (plain,) = converse(engine_from_params(half, tokenizer, params), [SessionInput(audio)], [5])
+    for name in ("text", "mel", "audio"):
+        np.testing.assert_array_equal(getattr(said, name), getattr(plain, name))
 
 
 def test_initial_state_survives_its_description():

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from tmljax.stream import dmel
-from tmljax.stream.vocoder import GATE, GriffinLim, linear_magnitudes
+from tmljax.stream.vocoder import GATE, GROUP, GriffinLim, linear_magnitudes
 
 SILENT = np.tile(dmel.SILENCE_MEL, (8, 1))
 
@@ -69,16 +69,20 @@ def test_silence_is_exact_and_comes_back():
     assert not stream.push(noisy).any()
 
 
-def test_deterministic_and_sessions_are_apart():
+def test_sessions_pushed_together_sound_as_if_alone():
+    """Bit for bit, in more groups than one, silent ones among them; twice the same."""
     mel, _ = dmel.log_mel(speech_like(1.2))
-    vocoder = GriffinLim()
-    alone = push_all(vocoder.stream(), mel)
-    one, other = vocoder.stream(), vocoder.stream()
-    together = []
-    for frames in mel.reshape(-1, 8, 80):
-        together.append(one.push(frames))
-        other.push(frames[::-1])
-    assert np.array_equal(np.concatenate(together), alone)
+    turns_TFM = mel.reshape(-1, 8, 80)
+    vocoder, sessions = GriffinLim(), 2 * GROUP + 3
+    mel_NTFM = np.stack([np.roll(turns_TFM, n, axis=0) * (1 + 0.01 * n) for n in range(sessions)])
+    mel_NTFM[3] = SILENT
+    streams = [vocoder.stream() for _ in range(sessions)]
+    together_NTS = np.stack([vocoder.push(streams, mel_NFM) for mel_NFM in mel_NTFM.swapaxes(0, 1)], axis=1)
+    for mel_TFM, samples_TS in zip(mel_NTFM, together_NTS, strict=True):
+        assert np.array_equal(push_all(vocoder.stream(), mel_TFM), samples_TS.reshape(-1))
+    assert not together_NTS[3].any()
+    assert len(np.unique(together_NTS.reshape(sessions, -1), axis=0)) == sessions
+    assert vocoder.push([], np.zeros((0, 8, 80), np.float32)).shape == (0, 3200)
 
 
 def test_the_past_does_not_depend_on_the_future():

@@ -47,11 +47,12 @@ def input_shapes(layout: Layout, sessions: int) -> dict[str, jax.ShapeDtypeStruc
     }
 
 
-def weights_of(params: Any, model: Model) -> Arrays:
-    """Parameters under the names that the program has for them: where the tick does not scan its layers, each is
-    an array of its own, which the compiled program reads in place."""
-    arrays = {name: np.asarray(leaf) for name, leaf in flatten(params).items()}
-    return {own: array[i] for name, array in arrays.items() for own, i in layer_names(name, model)}
+def weights_of(params: Any, definition: Definition) -> Arrays:
+    """Parameters under the names and in the dtypes that the program has for them: where the tick does not scan its
+    layers, each is an array of its own, which the compiled program reads in place."""
+    held = flatten(definition.held())
+    arrays = {name: np.asarray(leaf).astype(held[name].dtype, copy=False) for name, leaf in flatten(params).items()}
+    return {own: array[i] for name, array in arrays.items() for own, i in layer_names(name, definition.model)}
 
 
 def layer_names(name: str, model: Model) -> list[tuple[str, Any]]:
@@ -79,7 +80,7 @@ def initial_state(experiment: Experiment, sessions: int) -> Arrays:
 
 def lower_tick(experiment: Experiment, sessions: int, platforms: tuple[str, ...]) -> jax.export.Exported:
     model = Definition(experiment.stream, experiment.model)
-    params = model.abstract()
+    params = model.held()
     state = jax.eval_shape(lambda: init_state(model, sessions))
 
     shapes = {
@@ -103,7 +104,8 @@ def engine_from_params(
 ) -> Engine:
     """An engine of N slots around parameters at hand (a nested dict, from a checkpoint or of a model in training)."""
     program = lower_tick(experiment, sessions, PLATFORMS)
-    weights, state = weights_of(params, experiment.model), initial_state(experiment, sessions)
+    weights = weights_of(params, Definition(experiment.stream, experiment.model))
+    state = initial_state(experiment, sessions)
     return compile_engine(program, weights, state, experiment, tokenizer, step, name)
 
 

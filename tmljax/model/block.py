@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from tmljax import config
-from tmljax.model.params import constant, dense
+from tmljax.model.params import constant, dense, matrix
 from tmljax.ops import dispatch
 from tmljax.ops import experts as expert_ops
 from tmljax.ops.experts import Experts
@@ -41,11 +41,11 @@ class Attention(nnx.Module):
         D, H, K, h = model.d_model, model.heads, model.kv_heads, model.head_dim
         self.shape = (H, K, h)
         self.norm = constant((D,), ("embed",), 1.0)
-        self.q = dense(rngs, (D, H * h), ("embed", "heads"), fan_in=D)
-        self.k = dense(rngs, (D, K * h), ("embed", "kv_heads"), fan_in=D)
+        self.q = matrix(rngs, (D, H * h), ("embed", "heads"), fan_in=D)
+        self.k = matrix(rngs, (D, K * h), ("embed", "kv_heads"), fan_in=D)
         self.q[...] = resemble(self.q[...], self.k[...], self.shape)
-        self.v = dense(rngs, (D, K * h), ("embed", "kv_heads"), fan_in=D)
-        self.out = dense(rngs, (H * h, D), ("heads", "embed"), fan_in=H * h, gain=(2 * model.layers) ** -0.5)
+        self.v = matrix(rngs, (D, K * h), ("embed", "kv_heads"), fan_in=D)
+        self.out = matrix(rngs, (H * h, D), ("heads", "embed"), fan_in=H * h, gain=(2 * model.layers) ** -0.5)
         self.q_norm = constant((h,), ("small",), 1.0)
         self.k_norm = constant((h,), ("small",), 1.0)
         self.sink = constant((H,), ("small",))
@@ -91,13 +91,13 @@ class ExpertLayer(nnx.Module):
         self.norm = constant((D,), ("embed",), 1.0)
         self.router = dense(rngs, (D, E), ("embed", "small"), fan_in=D)
         self.balance_bias = constant((E,), ("small",))
-        self.gate = dense(rngs, (E, D, W), ("experts", "expert_embed", "width"), fan_in=D)
-        self.up = dense(rngs, (E, D, W), ("experts", "expert_embed", "width"), fan_in=D)
-        self.down = dense(rngs, (E, W, D), ("experts", "inner_width", "small"), fan_in=W, gain=gain)
+        self.gate = matrix(rngs, (E, D, W), ("experts", "expert_embed", "width"), fan_in=D)
+        self.up = matrix(rngs, (E, D, W), ("experts", "expert_embed", "width"), fan_in=D)
+        self.down = matrix(rngs, (E, W, D), ("experts", "inner_width", "small"), fan_in=W, gain=gain)
         if S:
-            self.shared_gate = dense(rngs, (D, S), ("embed", "shared_width"), fan_in=D)
-            self.shared_up = dense(rngs, (D, S), ("embed", "shared_width"), fan_in=D)
-            self.shared_down = dense(rngs, (S, D), ("inner_shared_width", "small"), fan_in=S, gain=gain)
+            self.shared_gate = matrix(rngs, (D, S), ("embed", "shared_width"), fan_in=D)
+            self.shared_up = matrix(rngs, (D, S), ("embed", "shared_width"), fan_in=D)
+            self.shared_down = matrix(rngs, (S, D), ("inner_shared_width", "small"), fan_in=S, gain=gain)
 
     @jax.named_scope("experts")
     def __call__(

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from tmljax import config
-from tmljax.model.params import dense
+from tmljax.model.params import dense, matrix
 from tmljax.ops.norm import rms_norm
 from tmljax.sharding import spread, whole
 from tmljax.stream.microturn import BINS, MEL, PATCH, Layout
@@ -52,9 +52,9 @@ class PatchEmbed(nnx.Module):
     def __init__(self, layout: Layout, model: config.Model, rngs: nnx.Rngs):
         self.slots, self.per_slot = layout.user_video, layout.stream.patches_per_slot
         self.dtype, self.remat, D, w = model.dtype, model.remat, model.d_model, model.d_model // 4
-        self.pixels = dense(rngs, (4 * 4 * 3, w), ("input", "small"), fan_in=48)
-        self.merge = dense(rngs, (2 * 2 * w, w), ("embed", "small"), fan_in=4 * w)
-        self.last = dense(rngs, (self.per_slot, 25 * w, D), ("small", "input", "embed"), fan_in=25 * w * self.per_slot)
+        self.pixels = matrix(rngs, (4 * 4 * 3, w), ("input", "small"), fan_in=48)
+        self.merge = matrix(rngs, (2 * 2 * w, w), ("embed", "small"), fan_in=4 * w)
+        self.last = matrix(rngs, (self.per_slot, 25 * w, D), ("small", "input", "embed"), fan_in=25 * w * self.per_slot)
 
     def __call__(self, patch_BNPX: jax.Array) -> jax.Array:
         """uint8 [B, N, P, 4800] -> [B, N, S, D].

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tmljax import config
-from tmljax.model.params import constant, dense
+from tmljax.model.params import constant, dense, matrix
 from tmljax.ops.flow import integrate
 from tmljax.stream.microturn import MEL, Layout
 
@@ -20,7 +20,7 @@ TIME_WAVES = 64
 
 class TextHead(nnx.Module):
     def __init__(self, d_model: int, vocab_size: int, rngs: nnx.Rngs):
-        self.unembed = dense(rngs, (d_model, vocab_size), ("embed", "vocab"), fan_in=d_model)
+        self.unembed = matrix(rngs, (d_model, vocab_size), ("embed", "vocab"), fan_in=d_model)
 
     @jax.named_scope("text_head")
     def __call__(self, z_D: jax.Array) -> jax.Array:

@@ -11,6 +11,7 @@ K notes of a micro-turn, W words for a frame, X values of a slot of mel.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -198,16 +199,28 @@ class Definition:
     def abstract(self) -> Params:
         return jax.eval_shape(self.init, jax.random.key(0))
 
+    def held(self) -> Params:
+        """`abstract` as a tick holds it: matrices (`params.matrix`) in the dtype of the activations."""
+
+        def shape(variable: nnx.Variable) -> jax.ShapeDtypeStruct:
+            leaf = variable.get_value()
+            dtype = self.model.dtype if "held" in variable.get_metadata() else leaf.dtype
+            return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype))
+
+        return self._map_variables(shape)
+
     def axes(self) -> Params:
         """The same tree, of tuples that name each dim (`tmljax.sharding.PLACEMENT`)."""
-        _, state = self._abstract_model()
 
         def names(variable: nnx.Variable) -> tuple[str, ...]:
             own, ndim = variable.get_metadata()["axes"], len(variable.get_value().shape)
             return ("layers",) * (ndim - len(own)) + own
 
-        flat = {path: names(variable) for path, variable in nnx.to_flat_state(state)}
-        return nnx.traversals.unflatten_mapping(flat)
+        return self._map_variables(names)
+
+    def _map_variables(self, describe: Callable[[nnx.Variable], Any]) -> Params:
+        _, state = self._abstract_model()
+        return nnx.traversals.unflatten_mapping({path: describe(v) for path, v in nnx.to_flat_state(state)})
 
     def bind(self, params: Params) -> InteractionModel:
         graph, state = self._abstract_model()

@@ -1,6 +1,6 @@
 """A checkpoint as a self-contained directory that serves without this model's source.
 
-    weights.safetensors   every parameter under its flat name, float32
+    weights.safetensors   every parameter under its flat name, matrices in the dtype of the activations
     tick.stablehlo        the tick for N sessions, `jax.export` of (weights, state, inputs) -> (state, outputs)
     state.json            the initial state: name -> shape, dtype and what fills it
     config.json           the exact experiment
@@ -31,6 +31,7 @@ from tmljax import config, files
 from tmljax.config import Experiment, UserError
 from tmljax.decode.engine import Arrays, program_shapes
 from tmljax.decode.program import PLATFORMS, initial_state, lower_tick, weights_of
+from tmljax.model.interaction import Definition
 from tmljax.serve.bundle import FORMAT, FORMAT_VERSION, is_export
 from tmljax.stream.text import Tokenizer
 
@@ -54,7 +55,7 @@ def export(
     output = Path(os.path.abspath(output))
     refuse_foreign(output)
     program = lower_tick(experiment, sessions, PLATFORMS)
-    weights = weights_of(params, experiment.model)
+    weights = weights_of(params, Definition(experiment.stream, experiment.model))
     with _whole_directory(output) as folder:
         save_file(weights, folder / "weights.safetensors", metadata={"format": "np"})
         (folder / "tick.stablehlo").write_bytes(program.serialize())

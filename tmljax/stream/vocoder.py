@@ -4,13 +4,18 @@
 magnitudes that explain the mel (multiplicative updates, Lee and Seung 2000), phases carried on from the last
 micro-turn along spectral peaks, then fast Griffin-Lim (Perraudin et al. 2013) on the new frames alone. What
 the past frames add to the overlap is fixed, so micro-turns join without a seam (RTISI, Beauregard et al.
-2005). Whole utterances are synthesised by the same pushes, hence chunked equals whole.
+2005). Whole utterances are synthesised by the same pushes, hence chunked equals whole. Sessions are pushed together,
+in groups over the cores, since numpy on one session's few numbers is mostly overhead; each comes out as if alone.
 
-Legend: F mel frames, M mel channels (80), J synthesis frames (two a mel frame), K FFT bins.
+Legend: N sessions, F mel frames, M mel channels (80), J synthesis frames (two a mel frame), K FFT bins.
 """
 
 from __future__ import annotations
 
+import functools
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -28,6 +33,7 @@ HOP = FRAME_SAMPLES // 2  # at the mel's own hop, windows overlap too little to 
 OVERLAP = dmel.WINDOW_SAMPLES // HOP
 TAIL = dmel.WINDOW_SAMPLES - HOP
 DELAY = LATENCY - (dmel.N_FFT // 2 + dmel.WINDOW_SAMPLES // 2 - HOP)
+GROUP = 8  # sessions that a thread takes at a time: their spectra fit its cache
 GATE = -4.0  # a frame whose channels all lie below is silence: about half a step of 16 bits
 CEILING = 1.5  # of log10 mel; a full-scale square wave stays below
 
@@ -52,6 +58,9 @@ class Vocoder(Protocol):
 
     def stream(self) -> VocoderStream: ...
 
+    def push(self, streams: Sequence[VocoderStream], mel_NFM: np.ndarray) -> np.ndarray:
+        """One micro-turn of N of its streams, float32 [N, 8, 80] -> float32 [N, 3200], each as if pushed alone."""
+
 
 @dataclass(frozen=True)
 class GriffinLim:
@@ -67,6 +76,14 @@ class GriffinLim:
     def stream(self) -> GriffinLimStream:
         return GriffinLimStream(self)
 
+    def push(self, streams: Sequence[GriffinLimStream], mel_NFM: np.ndarray) -> np.ndarray:
+        """See `Vocoder.push`."""
+        groups = [slice(n, n + GROUP) for n in range(0, len(streams), GROUP)]
+        if len(groups) == 1:
+            return self._push(streams, mel_NFM)
+        pushed = _threads().map(lambda group: self._push(streams[group], mel_NFM[group]), groups)
+        return np.concatenate([np.zeros((0, MICROTURN_SAMPLES), np.float32), *pushed])
+
     def synthesise(self, mel_FM: np.ndarray) -> np.ndarray:
         """float32 [400 F], aligned with the sound that `dmel.log_mel` made `mel_FM` of."""
         F = len(mel_FM)
@@ -75,62 +92,67 @@ class GriffinLim:
         pushed = np.concatenate([mel_FM, silent]).reshape(-1, FRAMES, MEL)
         return np.concatenate([stream.push(mel) for mel in pushed])[LATENCY : LATENCY + F * FRAME_SAMPLES]
 
+    def _push(self, streams: Sequence[GriffinLimStream], mel_NFM: np.ndarray) -> np.ndarray:
+        magnitude_NJK = self._magnitudes(streams, mel_NFM)
+        settled = np.zeros((len(streams), MICROTURN_SAMPLES), np.float32)
+        sounding = [n for n, s in enumerate(streams) if magnitude_NJK[n].any() or s.overlap.any()]
+        if sounding:
+            settled[sounding] = self._reconstruct([streams[n] for n in sounding], magnitude_NJK[sounding])
+        samples = np.concatenate([np.stack([s.delayed for s in streams]), settled], axis=1)
+        for stream, delayed in zip(streams, samples[:, MICROTURN_SAMPLES:], strict=True):
+            stream.delayed = delayed
+        return np.clip(samples[:, :MICROTURN_SAMPLES], -1, 1)
+
+    def _magnitudes(self, streams: Sequence[GriffinLimStream], mel_NFM: np.ndarray) -> np.ndarray:
+        """[N, J, K]: the mel frames' linear magnitudes and, between them, interpolated ones."""
+        mel_NFM = np.nan_to_num(np.asarray(mel_NFM, np.float32), nan=dmel.LOG_LOW, posinf=CEILING, neginf=dmel.LOG_LOW)
+        new_NFK = np.zeros((*mel_NFM.shape[:2], _BINS), np.float32)
+        loud_NF = mel_NFM.max(axis=2) >= GATE
+        if loud_NF.any():
+            new_NFK[loud_NF] = linear_magnitudes(mel_NFM[loud_NF], self.mel_iterations)
+        last_N1K = np.stack([s.magnitude_K for s in streams])[:, None]
+        roots = np.concatenate([last_N1K, new_NFK], axis=1) ** np.float32(0.25)
+        between = (0.5 * (roots[:, :-1] + roots[:, 1:])) ** 4
+        for stream, new_FK in zip(streams, new_NFK, strict=True):
+            stream.magnitude_K = new_FK[-1]
+        return np.stack([between, new_NFK], axis=2).reshape(len(streams), -1, _BINS).astype(np.float32)
+
+    def _reconstruct(self, streams: Sequence[GriffinLimStream], magnitude_NJK: np.ndarray) -> np.ndarray:
+        """The samples that the new frames settle, [N, 3200]; keeps what the next ones need."""
+        overlap = np.stack([s.overlap for s in streams])
+        spectrum_NJK = magnitude_NJK * _propagate(np.stack([s.phase_K for s in streams]), magnitude_NJK)
+        before = None
+        for _ in range(self.iterations):
+            consistent = _analyse(_overlap_add(spectrum_NJK, overlap) / _NORM)
+            step = 0 if before is None else self.momentum * (consistent - before)
+            before = consistent
+            spectrum_NJK = magnitude_NJK * _unit(consistent + step)
+        samples = _overlap_add(spectrum_NJK, overlap)
+        for n, stream in enumerate(streams):
+            stream.overlap = samples[n, MICROTURN_SAMPLES:]
+            stream.phase_K = np.angle(spectrum_NJK[n, -1])
+        return samples[:, :MICROTURN_SAMPLES] / _NORM[:MICROTURN_SAMPLES]
+
 
 class GriffinLimStream:
+    """What one session's next micro-turn needs of those before."""
+
     def __init__(self, settings: GriffinLim):
         self._settings = settings
-        self._magnitude_K = np.zeros(_BINS, np.float32)  # of the last synthesis frame
+        self.magnitude_K = np.zeros(_BINS, np.float32)  # of the last synthesis frame
         phase = np.random.default_rng(settings.seed).uniform(-np.pi, np.pi, _BINS)
-        self._phase_K = phase.astype(np.float32)
-        self._overlap = np.zeros(TAIL, np.float32)  # what past frames add to samples not yet settled
-        self._delayed = np.zeros(DELAY, np.float32)
+        self.phase_K = phase.astype(np.float32)
+        self.overlap = np.zeros(TAIL, np.float32)  # what past frames add to samples not yet settled
+        self.delayed = np.zeros(DELAY, np.float32)
 
     def push(self, mel: np.ndarray) -> np.ndarray:
         """float32 [8, 80] -> float32 [3200]."""
-        magnitude_JK = self._magnitudes(mel)
-        if magnitude_JK.any() or self._overlap.any():
-            settled = self._reconstruct(magnitude_JK)
-        else:
-            settled = np.zeros(MICROTURN_SAMPLES, np.float32)
-        samples = np.concatenate([self._delayed, settled])
-        self._delayed = samples[MICROTURN_SAMPLES:]
-        return np.clip(samples[:MICROTURN_SAMPLES], -1, 1)
+        return self._settings.push([self], mel[None])[0]
 
-    def _magnitudes(self, mel: np.ndarray) -> np.ndarray:
-        """[J, K]: the mel frames' linear magnitudes and, between them, interpolated ones."""
-        mel = np.nan_to_num(np.asarray(mel, np.float32), nan=dmel.LOG_LOW, posinf=CEILING, neginf=dmel.LOG_LOW)
-        new_FK = np.zeros((len(mel), _BINS), np.float32)
-        loud = mel.max(axis=1) >= GATE
-        if loud.any():
-            new_FK[loud] = linear_magnitudes(mel[loud], self._settings.mel_iterations)
-        roots = np.concatenate([self._magnitude_K[None], new_FK]) ** np.float32(0.25)
-        between = (0.5 * (roots[:-1] + roots[1:])) ** 4
-        self._magnitude_K = new_FK[-1]
-        return np.stack([between, new_FK], axis=1).reshape(-1, _BINS).astype(np.float32)
 
-    def _reconstruct(self, magnitude_JK: np.ndarray) -> np.ndarray:
-        """The samples that the new frames settle; keeps what the next ones need."""
-        spectrum_JK = magnitude_JK * _propagate(self._phase_K, magnitude_JK)
-        before = None
-        for _ in range(self._settings.iterations):
-            consistent = _analyse(self._overlap_add(spectrum_JK) / _NORM)
-            step = 0 if before is None else self._settings.momentum * (consistent - before)
-            before = consistent
-            spectrum_JK = magnitude_JK * _unit(consistent + step)
-        samples = self._overlap_add(spectrum_JK)
-        self._overlap = samples[MICROTURN_SAMPLES:]
-        self._phase_K = np.angle(spectrum_JK[-1])
-        return samples[:MICROTURN_SAMPLES] / _NORM[:MICROTURN_SAMPLES]
-
-    def _overlap_add(self, spectrum_JK: np.ndarray) -> np.ndarray:
-        """float32 [3200 + TAIL]: the windowed frames added up, the past's share with them."""
-        frames = scipy.fft.irfft(spectrum_JK, dmel.N_FFT, axis=-1)[:, : dmel.WINDOW_SAMPLES] * _HANN
-        hops = frames.reshape(-1, OVERLAP, HOP)
-        total = np.zeros((len(hops) + OVERLAP - 1, HOP), np.float32)
-        total[: OVERLAP - 1] = self._overlap.reshape(-1, HOP)
-        for i in range(OVERLAP):
-            total[i : i + len(hops)] += hops[:, i]
-        return total.reshape(-1)
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(len(os.sched_getaffinity(0)), "voice")
 
 
 def linear_magnitudes(mel_FM: np.ndarray, iterations: int) -> np.ndarray:
@@ -143,30 +165,50 @@ def linear_magnitudes(mel_FM: np.ndarray, iterations: int) -> np.ndarray:
     return np.ascontiguousarray(estimate_KF.T)
 
 
-def _propagate(phase_K: np.ndarray, magnitude_JK: np.ndarray) -> np.ndarray:
-    """complex64 unit phases [J, K]: each peak turns on at its frequency, and its bins follow it.
+def _propagate(phase_NK: np.ndarray, magnitude_NJK: np.ndarray) -> np.ndarray:
+    """complex64 unit phases [N, J, K]: each peak turns on at its frequency, and its bins follow it.
 
     Neighbouring bins of a Hann window centred at 400 samples differ by pi 800 / 1024 (Laroche and Dolson 1999).
     """
-    k = np.arange(_BINS)
-    phases = np.empty(magnitude_JK.shape, np.float32)
-    for j, magnitude in enumerate(magnitude_JK):
-        left, here, right = magnitude[:-2], magnitude[1:-1], magnitude[2:]
-        peaks = np.flatnonzero((here > left) & (here >= right)) + 1
-        if len(peaks):
-            a, b, c = np.log(magnitude[[peaks - 1, peaks, peaks + 1]] + 1e-9)
-            frequency = peaks + np.clip(0.5 * (a - c) / np.minimum(a - 2 * b + c, -1e-6), -0.5, 0.5)
-            turned = phase_K[peaks] + 2 * np.pi * HOP / dmel.N_FFT * frequency
-            nearest = np.searchsorted((peaks[1:] + peaks[:-1]) / 2, k)
-            phase_K = turned[nearest] - np.pi * dmel.WINDOW_SAMPLES / dmel.N_FFT * (k - peaks[nearest])
-            phase_K = np.remainder(phase_K, 2 * np.pi)
-        phases[j] = phase_K
+    k = np.arange(_BINS, dtype=np.int32)
+    peak_NJK = np.zeros(magnitude_NJK.shape, bool)
+    left, here, right = magnitude_NJK[..., :-2], magnitude_NJK[..., 1:-1], magnitude_NJK[..., 2:]
+    peak_NJK[..., 1:-1] = (here > left) & (here >= right)
+    below = np.maximum.accumulate(np.where(peak_NJK, k, -_BINS), axis=-1)  # the nearest peak from each bin down, and up
+    above = np.minimum.accumulate(np.where(peak_NJK, k, 2 * _BINS)[..., ::-1], axis=-1)[..., ::-1]
+    nearest_NJK = np.where(k - below <= above - k, below, above).clip(0, _BINS - 1)
+    some_NJ = peak_NJK.any(axis=-1)
+
+    log = np.log(magnitude_NJK + np.float32(1e-9))
+    offset_NJK = np.zeros(magnitude_NJK.shape, np.float32)
+    a, b, c = log[..., :-2], log[..., 1:-1], log[..., 2:]
+    offset_NJK[..., 1:-1] = np.clip(0.5 * (a - c) / np.minimum(a - 2 * b + c, -1e-6), -0.5, 0.5)
+    # What a peak turns from frame to frame, and what a bin beside it differs.
+    own_NJK = np.float32(2 * np.pi * HOP / dmel.N_FFT) * (k.astype(np.float32) + offset_NJK)
+    aside_NJK = np.float32(np.pi * dmel.WINDOW_SAMPLES / dmel.N_FFT) * (k - nearest_NJK).astype(np.float32)
+    turn_NJK = np.take_along_axis(own_NJK, nearest_NJK, axis=-1) - aside_NJK
+    phases = np.empty(magnitude_NJK.shape, np.float32)
+    for j in range(magnitude_NJK.shape[1]):
+        turned_NK = np.take_along_axis(phase_NK, nearest_NJK[:, j], axis=-1) + turn_NJK[:, j]
+        phase_NK = np.where(some_NJ[:, j, None], np.remainder(turned_NK, np.float32(2 * np.pi)), phase_NK)
+        phases[:, j] = phase_NK
     return np.exp(1j * phases).astype(np.complex64)
 
 
+def _overlap_add(spectrum_NJK: np.ndarray, overlap: np.ndarray) -> np.ndarray:
+    """float32 [N, 3200 + TAIL]: the windowed frames added up, the past's share `overlap` [N, TAIL] with them."""
+    frames = scipy.fft.irfft(spectrum_NJK, dmel.N_FFT, axis=-1)[..., : dmel.WINDOW_SAMPLES] * _HANN
+    (N, J), hops = frames.shape[:2], frames.reshape(*frames.shape[:2], OVERLAP, HOP)
+    total = np.zeros((N, J + OVERLAP - 1, HOP), np.float32)
+    total[:, : OVERLAP - 1] = overlap.reshape(N, -1, HOP)
+    for i in range(OVERLAP):
+        total[:, i : i + J] += hops[:, :, i]
+    return total.reshape(N, -1)
+
+
 def _analyse(samples: np.ndarray) -> np.ndarray:
-    """complex64 [J, K]."""
-    frames = np.lib.stride_tricks.sliding_window_view(samples, dmel.WINDOW_SAMPLES)[::HOP]
+    """complex64 [N, J, K]."""
+    frames = np.lib.stride_tricks.sliding_window_view(samples, dmel.WINDOW_SAMPLES, axis=-1)[:, ::HOP]
     return scipy.fft.rfft(frames * _HANN, dmel.N_FFT, axis=-1)
 
 
