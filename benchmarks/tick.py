@@ -97,7 +97,7 @@ class Talk:
         whole_ms = 1e3 * (time.perf_counter() - begin)
         self.ticks += 1
         self.spoke += sum(bool((one.text != IDLE).any()) for one in spoken)
-        return max(one.tick_ms for one in spoken), sum(one.vocoder_ms for one in spoken), whole_ms
+        return max(one.tick_ms for one in spoken), max(one.vocoder_ms for one in spoken), whole_ms
 
     @property
     def speaking(self) -> float:

@@ -82,7 +82,7 @@ class Model:
     attention: Literal["blocks", "splash"] = "blocks"  # in training; splash: TPUs
     moe: Moe = field(default_factory=Moe)
     flow: Flow = field(default_factory=Flow)
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters are float32
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters are float32 in training
     remat: Literal["none", "dots", "full"] = "none"
 
 

@@ -273,6 +273,10 @@ def test_weights_of_another_shape_are_refused(workdir, tmp_path, monkeypatch, ca
     monkeypatch.setattr(checkpoint, "load_for_serving", lambda *_: (experiment, tokenizer, params))
     assert run(stream, workdir=workdir, input=speech, output=tmp_path / "out.wav") == 2
     expect_one_line(capsys, "tokens is (319, 16)")
+    del params["tokens"]
+    params["letters"] = np.zeros((2, 2), np.float32)
+    assert run(stream, workdir=workdir, input=speech, output=tmp_path / "out.wav") == 2
+    expect_one_line(capsys, "letters is (2, 2), and the config makes it absent")
 
 
 def test_export_verb(workdir, tmp_path, capsys):

@@ -19,9 +19,10 @@ from tmljax.ops.route import NOBODY, route
 from tmljax.sharding import BATCH_AXES, make_mesh, spec
 
 B, P, D, E, W, K = 8, 8, 16, 8, 16, 3
+TILE = 4
 BLOCKS, RAGGED = dispatch.in_blocks(rows=8), dispatch.in_rows(experts.ragged)
-LOCAL = {"blocks": BLOCKS, "ragged_dot": RAGGED}
-GROUPED = dispatch.in_rows(partial(experts.grouped, interpret=True))
+LOCAL = {"blocks": BLOCKS, "ragged_dot": RAGGED, "tiles": dispatch.in_rows(experts.ragged, TILE)}
+GROUPED = dispatch.in_rows(partial(experts.grouped, interpret=True), tile=8)
 EXCHANGES = {"padded": dispatch.padded, "ragged": dispatch.ragged, "gathered": dispatch.gathered}
 
 
@@ -91,7 +92,9 @@ def place(problem, mesh):
 
 
 @pytest.mark.parametrize("local", [*LOCAL.values(), GROUPED], ids=[*LOCAL, "grouped"])
-def test_one_device(problem, expected, local):
+def test_one_device(problem, expected, local, monkeypatch):
+    """Grouped in two dozen tiles, each one expert's."""
+    monkeypatch.setattr(experts, "TILE_ROWS", 8)
     apply = partial(dispatch.apply_experts, local=local, exchange=dispatch.padded, capacity_factor=None, mesh=None)
     assert_same(value_and_grads(apply, problem), expected)
 
@@ -155,12 +158,16 @@ def lost_in_ragged(owner_NM, room):
     return lost_NM
 
 
-def lost_in_gathered(expert_NM, mine, room):
-    """Assignments beyond the room of each owner: the last of its experts lose first, in them the last assignments."""
+def lost_in_gathered(expert_NM, mine, room, tile):
+    """Assignments beyond the rows of each owner: the last of its experts lose first, in them the last assignments.
+    Each expert begins a tile, so that those of before it take whole ones."""
     expert_A, lost_A = expert_NM.ravel(), np.zeros(expert_NM.size, bool)
     for owner in range(E // mine):
-        own = np.flatnonzero((expert_A != NOBODY) & (expert_A // mine == owner))
-        lost_A[own[np.argsort(expert_A[own], kind="stable")][room:]] = True
+        begin = 0
+        for expert in range(owner * mine, (owner + 1) * mine):
+            own = np.flatnonzero(expert_A == expert)
+            lost_A[own[max(experts.laid_rows(room, mine, tile) - begin, 0) :]] = True
+            begin += -(-len(own) // tile) * tile
     return lost_A.reshape(expert_NM.shape)
 
 
@@ -189,7 +196,8 @@ def test_capacity_drops_are_counted(problem, exchange, local):
         room = dispatch.room_per_member(*sizes)
         groups = (slice(0, 4), slice(4, 8))
         if exchange == "gathered":
-            lost = [lost_in_gathered(expert_NM[group], E // 4, room) for group in groups]
+            tile = TILE if local == "tiles" else 1
+            lost = [lost_in_gathered(expert_NM[group], E // 4, room, tile) for group in groups]
         else:
             lost = [lost_in_ragged(owner_NM[group], room) for group in groups]
         lost_NM = np.concatenate(lost)
@@ -297,6 +305,30 @@ def test_sorted_rows_hold_each_assignment_once():
     assert laid.source_R.tolist() == [1, 6, 5, 0, 3, 4, 7, 9, 10, 10]
     for a, e in enumerate(expert_A):
         assert laid.row_A[a] == (10 if e < 0 else laid.source_R.tolist().index(a))
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("room", [3, 17])
+@pytest.mark.parametrize("tile", [1, 2, 4])
+def test_each_expert_begins_a_tile(tile, room, seed):
+    """Whoever is among the first `room` assignments, by expert, has a row, and with a tile of one nobody else."""
+    rng, experts_here = np.random.default_rng(seed), 5
+    expert_A = rng.choice(np.arange(-1, experts_here), 24, p=[0.2, 0.4, 0.2, 0.15, 0.05, 0.0])
+    sort = partial(experts.sort_rows, experts=experts_here, room=room, tile=tile)
+    laid = jax.tree.map(np.asarray, jax.jit(sort)(jnp.asarray(expert_A)))
+    R = len(laid.source_R)
+    end_E = np.cumsum(laid.rows_E)
+    assert (laid.rows_E % tile == 0).all()
+    assert end_E[-1] <= R
+    for a, e in enumerate(expert_A):
+        if laid.row_A[a] < R:
+            assert laid.source_R[laid.row_A[a]] == a
+            assert np.searchsorted(end_E, laid.row_A[a], side="right") == e
+    held = laid.source_R[laid.source_R < 24]
+    assert len(set(held)) == len(held) == (laid.row_A < R).sum()
+    order = [a for a in np.argsort(expert_A, kind="stable") if expert_A[a] >= 0]
+    assert set(order[:room]) <= set(held)
+    assert tile > 1 or set(order[:room]) == set(held)
 
 
 @pytest.mark.parametrize("lay", [partial(experts.lay_blocks, rows=2), experts.sort_rows], ids=["blocks", "sorted"])

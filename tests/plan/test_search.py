@@ -1,10 +1,13 @@
 import dataclasses
 import json
 
+import jax
 import pytest
 
 from launch import verb
 from tmljax import config
+from tmljax.decode.program import weights_of
+from tmljax.model.interaction import Definition
 from tmljax.plan import report
 from tmljax.plan.forecast import by_formula
 from tmljax.plan.hardware import find_slice
@@ -96,6 +99,15 @@ def test_serving_by_hand(small):
     assert serving.turn(serving.by_time).seconds <= 0.2 < serving.turn(serving.by_time + 1).seconds or (
         serving.by_time == 2 * serving.by_memory
     )
+
+
+def test_weights_weigh_what_a_tick_holds(small):
+    """In half precision not half: tables, the flow head and routers stay in float32."""
+    half = dataclasses.replace(small, model=dataclasses.replace(small.model, dtype="bfloat16"))
+    serving = Serving(Setting(half, find_slice("v5e:1x1"), dict.fromkeys(AXES, 1)))
+    definition = Definition(half.stream, half.model)
+    weights = weights_of(definition.init(jax.random.key(0)), definition)
+    assert serving.weight_bytes == sum(array.nbytes for array in weights.values())
 
 
 def test_a_slice_that_is_too_small_to_serve_is_named(small):

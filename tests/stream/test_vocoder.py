@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from tmljax.stream import dmel
-from tmljax.stream.vocoder import GATE, GROUP, GriffinLim, linear_magnitudes
+from tmljax.stream.vocoder import GATE, GROUP, HOP, GriffinLim, linear_magnitudes, propagate
 
 SILENT = np.tile(dmel.SILENCE_MEL, (8, 1))
 
@@ -20,8 +20,12 @@ def speech_like(seconds, seed=0):
     return sound.astype(np.float32)
 
 
+def push(stream, mel):
+    return GriffinLim().push([stream], mel[None])[0]
+
+
 def push_all(stream, mel):
-    return np.concatenate([stream.push(frames) for frames in mel.reshape(-1, 8, 80)])
+    return np.concatenate([push(stream, frames) for frames in mel.reshape(-1, 8, 80)])
 
 
 def test_the_sound_has_the_mel_it_was_made_of():
@@ -66,7 +70,7 @@ def test_silence_is_exact_and_comes_back():
     assert not push_all(stream, SILENT).any()
     noisy = SILENT + np.random.default_rng(0).normal(size=SILENT.shape).astype(np.float32) * 0.3
     assert noisy.max() < GATE
-    assert not stream.push(noisy).any()
+    assert not push(stream, noisy).any()
 
 
 def test_sessions_pushed_together_sound_as_if_alone():
@@ -83,6 +87,35 @@ def test_sessions_pushed_together_sound_as_if_alone():
     assert not together_NTS[3].any()
     assert len(np.unique(together_NTS.reshape(sessions, -1), axis=0)) == sessions
     assert vocoder.push([], np.zeros((0, 8, 80), np.float32)).shape == (0, 3200)
+
+
+def propagate_frame_by_frame(phase_K, magnitude_JK):
+    """The plain version: from each frame's list of peaks."""
+    k, phases = np.arange(magnitude_JK.shape[1]), []
+    for magnitude in magnitude_JK:
+        left, here, right = magnitude[:-2], magnitude[1:-1], magnitude[2:]
+        peaks = np.flatnonzero((here > left) & (here >= right)) + 1
+        if len(peaks):
+            a, b, c = np.log(magnitude[[peaks - 1, peaks, peaks + 1]] + 1e-9)
+            frequency = peaks + np.clip(0.5 * (a - c) / np.minimum(a - 2 * b + c, -1e-6), -0.5, 0.5)
+            turned = phase_K[peaks] + 2 * np.pi * HOP / dmel.N_FFT * frequency
+            nearest = np.searchsorted((peaks[1:] + peaks[:-1]) / 2, k)
+            phase_K = turned[nearest] - np.pi * dmel.WINDOW_SAMPLES / dmel.N_FFT * (k - peaks[nearest])
+        phases.append(phase_K)
+    return np.exp(1j * np.array(phases))
+
+
+def test_bins_follow_the_nearest_peak():
+    """Of frames with many peaks, one at either edge, two that a bin lies halfway between, and none."""
+    rng = np.random.default_rng(0)
+    magnitude_JK = rng.random((6, 513)).astype(np.float32)
+    magnitude_JK[1:4] = 0.1
+    magnitude_JK[1, 1] = magnitude_JK[2, 511] = magnitude_JK[3, 100] = magnitude_JK[3, 200] = 1
+    magnitude_JK[4] = np.linspace(1, 2, 513)
+    phase_K = rng.uniform(-np.pi, np.pi, 513).astype(np.float32)
+    ours_NJK = propagate(np.stack([phase_K, phase_K]), np.stack([magnitude_JK, magnitude_JK[::-1]]))
+    for ours_JK, magnitude in zip(ours_NJK, (magnitude_JK, magnitude_JK[::-1]), strict=True):
+        np.testing.assert_allclose(ours_JK, propagate_frame_by_frame(phase_K, magnitude), atol=2e-3)
 
 
 def test_the_past_does_not_depend_on_the_future():
@@ -125,11 +158,11 @@ def test_anything_a_model_may_put_out_is_sound():
         np.full((8, 80), -np.inf),
         np.full((8, 80), 1e30),
     ):
-        samples = stream.push(mel.astype(np.float32))
+        samples = push(stream, mel.astype(np.float32))
         assert samples.shape == (3200,)
         assert np.isfinite(samples).all()
         assert np.abs(samples).max() <= 1
-    assert stream.push(SILENT.astype(np.float16)).dtype == np.float32
+    assert push(stream, SILENT.astype(np.float16)).dtype == np.float32
 
 
 @pytest.mark.parametrize("frames", [0, 3, 8, 13])

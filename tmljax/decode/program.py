@@ -50,8 +50,10 @@ def input_shapes(layout: Layout, sessions: int) -> dict[str, jax.ShapeDtypeStruc
 def weights_of(params: Any, definition: Definition) -> Arrays:
     """Parameters under the names and in the dtypes that the program has for them: where the tick does not scan its
     layers, each is an array of its own, which the compiled program reads in place."""
-    held = flatten(definition.held())
-    arrays = {name: np.asarray(leaf).astype(held[name].dtype, copy=False) for name, leaf in flatten(params).items()}
+    arrays = {name: np.asarray(leaf) for name, leaf in flatten(params).items()}
+    for name, shape in flatten(definition.held()).items():
+        if name in arrays:  # what is missing, and what is there beside, `compile_engine` names
+            arrays[name] = arrays[name].astype(shape.dtype, copy=False)
     return {own: array[i] for name, array in arrays.items() for own, i in layer_names(name, definition.model)}
 
 

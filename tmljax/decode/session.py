@@ -2,7 +2,7 @@
 
 Evaluation, the `stream` verb, an exported directory and a server all run through `Live`, so what is
 measured is what is served. Features are computed 200 ms at a time with carried state, and every session
-owns its tokenizer queue, its dMel state and its vocoder: what it says depends on its inputs and its seed
+owns its tokenizer queue, its dMel state and its voice: what it says depends on its inputs and its seed
 alone, whatever shares its batch (blueprint law 3).
 
 Only arrays cross the border to the tick, by name, so that a tick made from the model's source and one
@@ -59,7 +59,7 @@ class Spoken(NamedTuple):
     heard: int
     mel: np.ndarray  # float32 [F, M]
     tick_ms: float  # the tick, its results fetched to the host
-    vocoder_ms: float  # its share of the time that the voices of all sessions took
+    vocoder_ms: float  # the voices of all sessions, which are made together
 
 
 @dataclass
@@ -117,7 +117,7 @@ class Live:
         begin = time.perf_counter()
         voices, mel_NFM = [self._slots[n].vocoder for n in chunks], outputs["model_mel"][list(chunks)]
         audio = dict(zip(chunks, self.engine.vocoder.push(voices, mel_NFM), strict=True))
-        vocoder_ms = 1e3 * (time.perf_counter() - begin) / max(len(chunks), 1)
+        vocoder_ms = 1e3 * (time.perf_counter() - begin)
         text, heard, mel = outputs["model_text"], outputs["heard"], outputs["model_mel"]
         return {n: Spoken(audio[n], text[n], int(heard[n]), mel[n], tick_ms, vocoder_ms) for n in chunks}
 

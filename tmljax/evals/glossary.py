@@ -61,7 +61,7 @@ MEASUREMENTS = {
     "audible_agreement": Term("heard = claimed", "share of 200 ms cells where sound and claim agree"),
     "audible_agreement_in_speech": Term("heard = claimed, in speech", "of cells where either speaks: both do"),
     "tick": Term("tick", "one micro-turn of the decoder, for all sessions that share it"),
-    "vocoder": Term("vocoder", "mel to sound for one micro-turn, a session's share of the time for all at once"),
+    "vocoder": Term("vocoder", "mel to sound for one micro-turn, of all sessions that were decoded together"),
 }
 
 LOSSES = {

@@ -78,7 +78,12 @@ EXCHANGES = {"padded": dispatch.padded, "ragged": dispatch.ragged, "gathered": d
 def local_work(moe: config.Moe) -> dispatch.Local:
     if moe.matmul == "blocks":
         return dispatch.in_blocks(moe.block_rows)
-    return dispatch.in_rows(PRODUCTS[moe.matmul])
+    return dispatch.in_rows(PRODUCTS[moe.matmul], tile_rows(moe))
+
+
+def tile_rows(moe: config.Moe) -> int:
+    """Up to a multiple of which an expert's sorted rows are filled: Hopper's tiles of 128 are few against its rows."""
+    return expert_ops.TILE_ROWS if moe.matmul == "grouped" else 1
 
 
 class ExpertLayer(nnx.Module):

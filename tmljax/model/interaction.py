@@ -204,7 +204,7 @@ class Definition:
 
         def shape(variable: nnx.Variable) -> jax.ShapeDtypeStruct:
             leaf = variable.get_value()
-            dtype = self.model.dtype if "held" in variable.get_metadata() else leaf.dtype
+            dtype = self.model.dtype if "is_matrix" in variable.get_metadata() else leaf.dtype
             return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype))
 
         return self._map_variables(shape)

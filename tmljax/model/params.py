@@ -9,15 +9,17 @@ import jax.numpy as jnp
 from flax import nnx
 
 
-def dense(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], fan_in: int, gain: float = 1.0) -> nnx.Param:
+def dense(
+    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], fan_in: int, gain: float = 1.0, **metadata: object
+) -> nnx.Param:
     """Truncated normal of standard deviation gain / sqrt(fan_in)."""
     value = jax.random.truncated_normal(rngs.params(), -3.0, 3.0, shape, jnp.float32) * (gain * fan_in**-0.5)
-    return nnx.Param(value, axes=axes)
+    return nnx.Param(value, axes=axes, **metadata)
 
 
 def matrix(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], fan_in: int, gain: float = 1.0) -> nnx.Param:
     """As `dense`, for activations to be multiplied with in their own dtype."""
-    return nnx.Param(dense(rngs, shape, axes, fan_in, gain).get_value(), axes=axes, held="activations")
+    return dense(rngs, shape, axes, fan_in, gain, is_matrix=True)
 
 
 def constant(shape: tuple[int, ...], axes: tuple[str, ...], value: float = 0.0) -> nnx.Param:

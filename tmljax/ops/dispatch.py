@@ -11,8 +11,8 @@ whole device exceeds the room.
 reduction brings their sums home. M - 1 rows move for each position, each way, where the others move k x capacity: less
 on a short axis, on links that a gather uses twice as well. A device's rows share one buffer here too.
 
-Room is `capacity_factor` times a balanced load, and what does not fit is counted; `None` makes room for the worst
-case, so that nothing is dropped.
+Room is `capacity_factor` times a balanced load, and what fills experts' last tiles beside it; what does not fit is
+counted. `None` makes room for the worst case, so that nothing is dropped.
 
 Legend: B batch, P positions, N = B x P (of this device inside `shard_map`), A assignments = N x k, D d_model,
 E experts, W expert width, k chosen experts, M members of the expert axis, G = M x N, R rows of a buffer.
@@ -53,9 +53,9 @@ def in_blocks(rows: int) -> Local:
     return Local(partial(ops.lay_blocks, rows=rows), partial(ops.blocked, rows=rows))
 
 
-def in_rows(multiply: Callable[[jax.Array, jax.Array, Experts], jax.Array]) -> Local:
-    """Rows sorted by expert without gaps, for `ops.ragged`, `ops.grouped` or `ops.hopper`."""
-    return Local(ops.sort_rows, multiply)
+def in_rows(multiply: Callable[[jax.Array, jax.Array, Experts], jax.Array], tile: int = 1) -> Local:
+    """Rows sorted by expert, each of whom begins a tile of so many, for `ops.ragged`, `ops.grouped` or `ops.hopper`."""
+    return Local(partial(ops.sort_rows, tile=tile), multiply)
 
 
 def work(x_ND: jax.Array, expert_A: jax.Array, experts: Experts, local: Local) -> jax.Array:

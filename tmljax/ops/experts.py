@@ -8,7 +8,8 @@ to get the gradient of `ragged`'s weights, on GPUs always.
 `gathered` fetches each token's own experts (gather + GEMV), for the few tokens of a tick when there are many experts.
 
 Legend: N tokens, A assignments (rows that carry an expert id; -1 marks an empty row), D d_model, E experts,
-W expert width, V = 2 W, k chosen experts, R rows laid for the experts, n blocks, b rows of a block, X and Y any dims.
+W expert width, V = 2 W, k chosen experts, R rows laid for the experts, n blocks, b rows of a block, F rows that fill
+a tile, X and Y any dims.
 """
 
 from functools import partial
@@ -86,27 +87,36 @@ def lay_blocks(expert_A: jax.Array, experts: int, room: int, rows: int) -> Block
 
 
 class Sorted(NamedTuple):
-    """As `Blocks`, without gaps: rows in the order of their experts, as many as there is room for."""
+    """As `Blocks`, rows in the order of their experts, each of whom begins a tile."""
 
     row_A: jax.Array
     source_R: jax.Array
-    rows_E: jax.Array  # int32, how many are each expert's
+    rows_E: jax.Array  # int32, how many are each expert's, those that fill its last tile among them
 
 
-def sort_rows(expert_A: jax.Array, experts: int, room: int) -> Sorted:
-    """As `lay_blocks`, by sorting twice: accelerators scatter slowly."""
-    A, there_A = expert_A.shape[0], expert_A >= 0
-    number_A = jnp.arange(A, dtype=jnp.int32)
-    key_A, source_A = jax.lax.sort((jnp.where(there_A, expert_A, experts), number_A), num_keys=1)
-    _, row_A = jax.lax.sort((source_A, number_A), num_keys=1)
-    ids_E = jnp.arange(experts, dtype=key_A.dtype)
-    end_E = jnp.searchsorted(key_A, ids_E, side="right", method="compare_all").astype(jnp.int32)  # else in a loop
-    source_R = jnp.where(number_A[:room] < end_E[-1], source_A[:room], A)
-    return Sorted(jnp.where(there_A, jnp.minimum(row_A, room), room), source_R, fit(end_E, room))
+def sort_rows(expert_A: jax.Array, experts: int, room: int, tile: int = 1) -> Sorted:
+    """As `lay_blocks`, by sorting twice: accelerators scatter slowly. There are rows for any `room` assignments and for
+    what fills the experts' last tiles: empty rows that are sorted with the others."""
+    A, R, there_A = expert_A.shape[0], laid_rows(room, experts, tile), expert_A >= 0
+    ids_E = jnp.arange(experts, dtype=jnp.int32)
+    count_E = jnp.sum(expert_A[:, None] == ids_E[None], axis=0, dtype=jnp.int32)
+    end_E = jnp.cumsum(-(-count_E // tile) * tile)
+    fill_EF = jnp.where(jnp.arange(tile - 1)[None] < -count_E[:, None] % tile, ids_E[:, None], experts)
+    key = jnp.concatenate([jnp.where(there_A, expert_A, experts), fill_EF.reshape(-1)])
+    number = jnp.arange(key.size, dtype=jnp.int32)
+    _, source = jax.lax.sort((key, number), num_keys=1)
+    _, row = jax.lax.sort((source, number), num_keys=1)
+    source_R = jnp.where(number[:R] < end_E[-1], jnp.minimum(source[:R], A), A)
+    return Sorted(jnp.where(there_A, jnp.minimum(row[:A], R), R), source_R, fit(end_E, R))
+
+
+def laid_rows(room: int, experts: int, tile: int) -> int:
+    """Rows, in whole tiles, that `room` assignments take at most."""
+    return (room + experts * (tile - 1)) // tile * tile
 
 
 def fit(end_E: jax.Array, room: int) -> jax.Array:
-    """How many assignments of each expert there is room for, given where those of each end."""
+    """How many assignments or rows of each expert there is room for, given where those of each end."""
     return jnp.diff(jnp.minimum(end_E, room), prepend=0)
 
 
@@ -239,7 +249,7 @@ def hopper(x_RD: jax.Array, rows_E: jax.Array, experts: Experts) -> jax.Array:
     return keep(multiply_on_hopper(h_RW, experts.down_EWD, rows_E))
 
 
-TILE_ROWS = 256  # that `grouped` works on at once; a tile that lies across experts is worked on for each of them
+TILE_ROWS = 256  # that `grouped` works on at once; a tile that lay across experts would be worked on for each of them
 TILE_WEIGHTS = 2**20  # numbers of an expert's weights that are in VMEM at once, at most
 
 

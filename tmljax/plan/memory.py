@@ -12,8 +12,10 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+from tmljax.model.block import tile_rows
 from tmljax.model.embed import FRAMES_AT_ONCE
 from tmljax.model.trunk import QUERY_TURNS
+from tmljax.ops.experts import laid_rows
 from tmljax.plan.setting import Setting, batch_shapes, shard_bytes
 
 
@@ -67,13 +69,13 @@ def saved(setting: Setting) -> float:
 
 
 def rows(setting: Setting) -> float:
-    """That a device's experts are given room for."""
-    moe = setting.experiment.model.moe
-    balanced = setting.positions * moe.top_k
-    if setting.axes["expert"] == 1:
-        return balanced
-    worst = setting.positions * setting.axes["expert"] * min(moe.top_k, moe.experts // setting.axes["expert"])
-    return worst if moe.capacity_factor is None else min(worst, balanced * moe.capacity_factor)
+    """That a device's experts are given room for, those that fill tiles among them."""
+    moe, mine = setting.experiment.model.moe, setting.experiment.model.moe.experts // setting.axes["expert"]
+    room = balanced = setting.positions * moe.top_k
+    if setting.axes["expert"] > 1:
+        worst = setting.positions * setting.axes["expert"] * min(moe.top_k, mine)
+        room = worst if moe.capacity_factor is None else min(worst, balanced * moe.capacity_factor)
+    return laid_rows(math.ceil(room), mine, tile_rows(moe))
 
 
 def layer_weights(setting: Setting) -> float:

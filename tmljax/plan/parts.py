@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import collections
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import jax
 
@@ -32,12 +34,23 @@ def part_of(path: list[str]) -> str:
     return "attention" if "attention" in path else "routers and norms"
 
 
+def by_part(params: Any) -> dict[str, list[jax.ShapeDtypeStruct]]:
+    """The leaves of each part."""
+    parts = collections.defaultdict(list)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        parts[part_of([key.key for key in path])].append(leaf)
+    return dict(parts)
+
+
+def add_bytes(leaves: Iterable[jax.ShapeDtypeStruct]) -> float:
+    return float(sum(leaf.size * leaf.dtype.itemsize for leaf in leaves))
+
+
 def count_parts(definition: Definition) -> list[Part]:
     """Largest first."""
-    moe, totals = definition.model.moe, dict[str, int]()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(shapes_of(definition).abstract()):
-        name = part_of([key.key for key in path])
-        totals[name] = totals.get(name, 0) + leaf.size
+    moe = definition.model.moe
+    leaves = by_part(shapes_of(definition).abstract())
+    totals = {name: sum(leaf.size for leaf in parts) for name, parts in leaves.items()}
     share = moe.top_k / moe.experts
     parts = [Part(name, n, n * share if name == "routed experts" else float(n)) for name, n in totals.items()]
     return sorted(parts, key=lambda part: -part.total)

@@ -1,7 +1,7 @@
 """The same for serving: how many live sessions a slice holds, and how long a micro-turn of all of them takes.
 
 By formula. Every device but a tensor neighbour has sessions of its own; nothing is gathered: experts are split over
-`expert`, and what all positions use is on every device. Weights are stored in the dtype of the activations.
+`expert`, and what all positions use is on every device. Weights are as a tick holds them (`Definition.held`).
 
 Legend: n positions of a pass, K kv heads, h head dim, E experts, W expert width, D d_model.
 """
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from tmljax.config import Experiment, Mesh, UserError
 from tmljax.plan.hardware import Slice, runs_of
 from tmljax.plan.memory import layer_weights
-from tmljax.plan.parts import count_parts
+from tmljax.plan.parts import add_bytes, by_part, count_parts
 from tmljax.plan.roofline import MATMUL_SHARE, MEMORY_SHARE, Traffic, collective_seconds
 from tmljax.plan.search import divisors, lies_whole
 from tmljax.plan.setting import Setting
@@ -73,9 +73,9 @@ class Serving:
     @property
     def weight_bytes(self) -> float:
         """Of a device."""
-        routed, whole = self.parts["routed experts"], sum(self.parts.values())
-        held = whole - routed + routed / self.setting.axes["expert"]
-        return held / self.setting.axes["tensor"] * self.setting.width
+        held = {part: add_bytes(leaves) for part, leaves in by_part(self.setting.shapes.held).items()}
+        held["routed experts"] /= self.setting.axes["expert"]
+        return sum(held.values()) / self.setting.axes["tensor"]
 
     @property
     def session_bytes(self) -> float:

@@ -30,6 +30,7 @@ class Shapes:
 
     params: Any
     names: Any
+    held: Any  # as a tick holds them
 
     def abstract(self) -> Any:
         return self.params
@@ -44,7 +45,7 @@ def shapes_of(definition: Definition) -> Shapes:
 
 @lru_cache
 def _trace(definition: Definition) -> Shapes:
-    return Shapes(definition.abstract(), definition.axes())
+    return Shapes(definition.abstract(), definition.axes(), definition.held())
 
 
 @dataclass(frozen=True)

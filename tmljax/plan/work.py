@@ -9,6 +9,7 @@ import functools
 import math
 from typing import NamedTuple
 
+from tmljax.model.block import tile_rows
 from tmljax.ops import experts, splash
 from tmljax.plan.memory import layer_weights, rows
 from tmljax.plan.roofline import Traffic, Work
@@ -47,16 +48,14 @@ def executed_flops(setting: Setting) -> float:
 def rows_worked(setting: Setting) -> float:
     """Rows that the experts' products work on, against the rows there are.
 
-    XLA:GPU works on every row for each of a device's experts. A tile of a grouped product is worked on once for each
-    expert that has rows in it, and two experts meet in one tile, bar chance, when experts are balanced.
+    XLA:GPU works on every row for each of a device's experts. A grouped product works on whole tiles, and the last one
+    of each expert is, bar chance, half full.
     """
     moe = setting.experiment.model.moe
     if moe.matmul == "ragged" and setting.where.chip.kind == "gpu":
         return moe.experts / setting.axes["expert"]
-    if moe.matmul != "grouped":
-        return 1.0
-    tiles = setting.positions * moe.top_k / experts.TILE_ROWS
-    return (tiles + moe.experts / setting.axes["expert"] - 1) / tiles
+    tile, own = tile_rows(moe), setting.positions * moe.top_k * setting.axes["expert"] / moe.experts  # of an expert
+    return max(own + (tile - 1) / 2, tile) / own
 
 
 def attention_again(setting: Setting) -> float:
@@ -130,7 +129,8 @@ def kernel_flops(setting: Setting) -> dict[str, float]:
         found |= {"splash_mha_fwd": 2 * product, "splash_mha_dq": 3 * product, "splash_mha_dkv": 4 * product}
     if model.moe.matmul == "grouped":
         width = model.moe.expert_width / setting.axes["tensor"]
-        found |= dict.fromkeys(("gmm", "tgmm"), 2 * setting.positions * model.moe.top_k * model.d_model * width)
+        worked = setting.positions * model.moe.top_k * rows_worked(setting)
+        found |= dict.fromkeys(("gmm", "tgmm"), 2 * worked * model.d_model * width)
     return found
 
 
@@ -161,8 +161,8 @@ def rows_again(setting: Setting, depth: float, columns: float) -> float:
     """Bytes that a grouped product reads again, or the product that gives its weights' gradient: its rows [R, depth]
     for each tile of columns but the first. It reads an expert's weights once."""
     *_, width = experts.tile(0, round(depth), round(columns))
-    held = setting.positions * setting.experiment.model.moe.top_k
-    return held * depth * (math.ceil(columns / width) - 1) * setting.width
+    worked = setting.positions * setting.experiment.model.moe.top_k * rows_worked(setting)
+    return worked * depth * (math.ceil(columns / width) - 1) * setting.width
 
 
 def exchange(setting: Setting, times: float) -> list[Traffic]:

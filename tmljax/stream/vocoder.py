@@ -13,11 +13,10 @@ Legend: N sessions, F mel frames, M mel channels (80), J synthesis frames (two a
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import scipy.fft
@@ -44,22 +43,16 @@ _COVERED_K = np.asarray(dmel.FILTERS.sum(axis=0)).reshape(-1)
 _SHARE_K1 = np.where(_COVERED_K > 0, 1 / np.maximum(_COVERED_K, 1e-9), 0).astype(np.float32)[:, None]
 
 
-class VocoderStream(Protocol):
-    """The voice of one session."""
-
-    def push(self, mel: np.ndarray) -> np.ndarray:
-        """One micro-turn of log10 mel, float32 [8, 80] -> float32 [3200] samples."""
-
-
 class Vocoder(Protocol):
-    """What makes voices. What a stream returns is `latency_samples` later than `dmel.log_mel` heard it."""
+    """What makes voices. What it returns is `latency_samples` later than `dmel.log_mel` heard it."""
 
     latency_samples: int
 
-    def stream(self) -> VocoderStream: ...
+    def stream(self) -> Any:
+        """What a session's next micro-turn needs of those before; `push` changes it in place."""
 
-    def push(self, streams: Sequence[VocoderStream], mel_NFM: np.ndarray) -> np.ndarray:
-        """One micro-turn of N of its streams, float32 [N, 8, 80] -> float32 [N, 3200], each as if pushed alone."""
+    def push(self, streams: Sequence[Any], mel_NFM: np.ndarray) -> np.ndarray:
+        """One micro-turn of N sessions, float32 [N, 8, 80] log10 mel -> float32 [N, 3200] samples, each as if alone."""
 
 
 @dataclass(frozen=True)
@@ -73,16 +66,19 @@ class GriffinLim:
 
     latency_samples = LATENCY
 
-    def stream(self) -> GriffinLimStream:
-        return GriffinLimStream(self)
+    def stream(self) -> Voice:
+        phase_K = np.random.default_rng(self.seed).uniform(-np.pi, np.pi, _BINS).astype(np.float32)
+        return Voice(np.zeros(_BINS, np.float32), phase_K, np.zeros(TAIL, np.float32), np.zeros(DELAY, np.float32))
 
-    def push(self, streams: Sequence[GriffinLimStream], mel_NFM: np.ndarray) -> np.ndarray:
+    def push(self, streams: Sequence[Voice], mel_NFM: np.ndarray) -> np.ndarray:
         """See `Vocoder.push`."""
+        if not streams:
+            return np.zeros((0, MICROTURN_SAMPLES), np.float32)
+        if len(streams) <= GROUP:
+            return self._push_group(streams, mel_NFM)
         groups = [slice(n, n + GROUP) for n in range(0, len(streams), GROUP)]
-        if len(groups) == 1:
-            return self._push(streams, mel_NFM)
-        pushed = _threads().map(lambda group: self._push(streams[group], mel_NFM[group]), groups)
-        return np.concatenate([np.zeros((0, MICROTURN_SAMPLES), np.float32), *pushed])
+        pushed = _threads().map(lambda group: self._push_group(streams[group], mel_NFM[group]), groups)
+        return np.concatenate(list(pushed))
 
     def synthesise(self, mel_FM: np.ndarray) -> np.ndarray:
         """float32 [400 F], aligned with the sound that `dmel.log_mel` made `mel_FM` of."""
@@ -90,9 +86,10 @@ class GriffinLim:
         silent = np.broadcast_to(dmel.SILENCE_MEL, (-F % FRAMES + FRAMES, MEL))
         stream = self.stream()
         pushed = np.concatenate([mel_FM, silent]).reshape(-1, FRAMES, MEL)
-        return np.concatenate([stream.push(mel) for mel in pushed])[LATENCY : LATENCY + F * FRAME_SAMPLES]
+        samples = np.concatenate([self.push([stream], mel[None])[0] for mel in pushed])
+        return samples[LATENCY : LATENCY + F * FRAME_SAMPLES]
 
-    def _push(self, streams: Sequence[GriffinLimStream], mel_NFM: np.ndarray) -> np.ndarray:
+    def _push_group(self, streams: Sequence[Voice], mel_NFM: np.ndarray) -> np.ndarray:
         magnitude_NJK = self._magnitudes(streams, mel_NFM)
         settled = np.zeros((len(streams), MICROTURN_SAMPLES), np.float32)
         sounding = [n for n, s in enumerate(streams) if magnitude_NJK[n].any() or s.overlap.any()]
@@ -103,7 +100,7 @@ class GriffinLim:
             stream.delayed = delayed
         return np.clip(samples[:, :MICROTURN_SAMPLES], -1, 1)
 
-    def _magnitudes(self, streams: Sequence[GriffinLimStream], mel_NFM: np.ndarray) -> np.ndarray:
+    def _magnitudes(self, streams: Sequence[Voice], mel_NFM: np.ndarray) -> np.ndarray:
         """[N, J, K]: the mel frames' linear magnitudes and, between them, interpolated ones."""
         mel_NFM = np.nan_to_num(np.asarray(mel_NFM, np.float32), nan=dmel.LOG_LOW, posinf=CEILING, neginf=dmel.LOG_LOW)
         new_NFK = np.zeros((*mel_NFM.shape[:2], _BINS), np.float32)
@@ -117,10 +114,10 @@ class GriffinLim:
             stream.magnitude_K = new_FK[-1]
         return np.stack([between, new_NFK], axis=2).reshape(len(streams), -1, _BINS).astype(np.float32)
 
-    def _reconstruct(self, streams: Sequence[GriffinLimStream], magnitude_NJK: np.ndarray) -> np.ndarray:
+    def _reconstruct(self, streams: Sequence[Voice], magnitude_NJK: np.ndarray) -> np.ndarray:
         """The samples that the new frames settle, [N, 3200]; keeps what the next ones need."""
         overlap = np.stack([s.overlap for s in streams])
-        spectrum_NJK = magnitude_NJK * _propagate(np.stack([s.phase_K for s in streams]), magnitude_NJK)
+        spectrum_NJK = magnitude_NJK * propagate(np.stack([s.phase_K for s in streams]), magnitude_NJK)
         before = None
         for _ in range(self.iterations):
             consistent = _analyse(_overlap_add(spectrum_NJK, overlap) / _NORM)
@@ -134,25 +131,19 @@ class GriffinLim:
         return samples[:, :MICROTURN_SAMPLES] / _NORM[:MICROTURN_SAMPLES]
 
 
-class GriffinLimStream:
+@dataclass
+class Voice:
     """What one session's next micro-turn needs of those before."""
 
-    def __init__(self, settings: GriffinLim):
-        self._settings = settings
-        self.magnitude_K = np.zeros(_BINS, np.float32)  # of the last synthesis frame
-        phase = np.random.default_rng(settings.seed).uniform(-np.pi, np.pi, _BINS)
-        self.phase_K = phase.astype(np.float32)
-        self.overlap = np.zeros(TAIL, np.float32)  # what past frames add to samples not yet settled
-        self.delayed = np.zeros(DELAY, np.float32)
-
-    def push(self, mel: np.ndarray) -> np.ndarray:
-        """float32 [8, 80] -> float32 [3200]."""
-        return self._settings.push([self], mel[None])[0]
+    magnitude_K: np.ndarray  # of the last synthesis frame
+    phase_K: np.ndarray
+    overlap: np.ndarray  # what past frames add to samples not yet settled
+    delayed: np.ndarray
 
 
 @functools.cache
 def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(len(os.sched_getaffinity(0)), "voice")
+    return ThreadPoolExecutor(thread_name_prefix="voice")
 
 
 def linear_magnitudes(mel_FM: np.ndarray, iterations: int) -> np.ndarray:
@@ -165,7 +156,7 @@ def linear_magnitudes(mel_FM: np.ndarray, iterations: int) -> np.ndarray:
     return np.ascontiguousarray(estimate_KF.T)
 
 
-def _propagate(phase_NK: np.ndarray, magnitude_NJK: np.ndarray) -> np.ndarray:
+def propagate(phase_NK: np.ndarray, magnitude_NJK: np.ndarray) -> np.ndarray:
     """complex64 unit phases [N, J, K]: each peak turns on at its frequency, and its bins follow it.
 
     Neighbouring bins of a Hann window centred at 400 samples differ by pi 800 / 1024 (Laroche and Dolson 1999).
