@@ -137,10 +137,9 @@ def test_a_read_that_storage_refused_is_tried_again(tmp_path, monkeypatch, error
     assert checkpoint.resume(tmp_path, *[as_target(part) for part in tree()]).step == 2
 
 
-@pytest.mark.parametrize("error", PASSING)
-def test_storage_that_does_not_answer_costs_no_checkpoint(tmp_path, monkeypatch, error):
+def test_storage_that_does_not_answer_costs_no_checkpoint(tmp_path, monkeypatch):
     save(tmp_path, (1, None), (2, None))
-    failing(monkeypatch, error, times=100)
+    failing(monkeypatch, PASSING[0], times=100)
     for act in (
         lambda: checkpoint.resume(tmp_path, *[as_target(part) for part in tree()]),
         lambda: checkpoint.latest_complete(tmp_path),

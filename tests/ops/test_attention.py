@@ -58,7 +58,7 @@ def test_blocks_equal_the_whole(window, block, how):
         rtol=1e-4,
         atol=1e-5,
     )
-    grads = [jax.grad(f, argnums=(0, 1, 2, 3))(q, k, v, sink) for f in (in_blocks, at_once)]
+    grads = [jax.jit(jax.grad(f, argnums=(0, 1, 2, 3)))(q, k, v, sink) for f in (in_blocks, at_once)]
     for a, b in zip(*grads):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
