@@ -36,10 +36,9 @@ def example(slots_of_turns: list[int], window: int):
     return q, k, v, jax.random.normal(keys[4], (H,)), turn_P, slot_P, time_BP, present_BP
 
 
-@pytest.mark.parametrize("window", [2, 5, 50])
-@pytest.mark.parametrize("block", [1, 3, 50])
+@pytest.mark.parametrize(("block", "window"), [(1, 2), (1, 5), (3, 2), (3, 5), (3, 50), (50, 5)])
 @pytest.mark.parametrize("how", [forgetful, attend_one_by_one], ids=["together", "one by one"])
-def test_blocks_equal_the_whole(window, block, how):
+def test_blocks_equal_the_whole(block, window, how):
     q, k, v, sink, turn_P, slot_P, time_BP, present_BP = example([4, 2, 2] * 3, window)
     blocks = query_blocks(turn_P, block, window)
     masks = [see(time_BP[:, a], slot_P[a], time_BP[:, b], slot_P[b], present_BP[:, b], window) for a, b in blocks]
