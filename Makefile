@@ -28,7 +28,7 @@ smoke: $(BIN)/.installed  ## the same in miniature, to see that every part works
 test: $(BIN)/.installed  ## lint, then the whole test suite
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(BIN)/.installed  ## tests that take minutes
 	$(BIN)/python -m pytest -m slow

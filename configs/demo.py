@@ -17,7 +17,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.name = "demo"
     config.data.train_hours = 60.0
     config.optimizer.warmup = 120
-    config.train.steps = 1900
+    config.train.steps = 1750
     config.train.save_every = 200
     config.train.eval_every = 200
     config.train.eval_batches = 4

@@ -35,7 +35,7 @@ from tmljax.config import Experiment, UserError
 from tmljax.stream.record import Session
 from tmljax.stream.text import Tokenizer
 
-GENERATOR = 12  # raise it when the same config gives other sessions
+GENERATOR = 13  # raise it when the same config gives other sessions
 STAGING = ".staging"
 
 

@@ -22,30 +22,31 @@ from data_pipelines.score import Score
 
 # family -> (how to compose one, its weight in the default mixture)
 FAMILIES: dict[str, tuple[Callable[[Stage], Score], float]] = {
-    "turn_taking": (turn_taking.compose, 0.22),
-    "pause": (pause.compose, 0.09),
+    "turn_taking": (turn_taking.compose, 0.25),
+    "pause": (pause.compose, 0.13),
     "self_correction": (self_correction.compose, 0.05),
     "interruption": (interruption.compose, 0.04),
-    "user_backchannel": (user_backchannel.compose, 0.02),
+    "user_backchannel": (user_backchannel.compose, 0.03),
     "model_backchannel": (model_backchannel.compose, 0.02),
-    "verbal_cue": (verbal_cue.compose, 0.21),
+    "verbal_cue": (verbal_cue.compose, 0.12),
     "no_answer": (no_answer.compose, 0.12),
-    "visual_cue": (visual_cue.compose, 0.19),
+    "visual_cue": (visual_cue.compose, 0.20),
     "visual_question": (visual_question.compose, 0.02),
     "typed_text": (typed_text.compose, 0.02),
 }
 
-# What a session lasts on average (seconds); turns hours of training data into a number of sessions.
+# What a session lasts on average (seconds, by the summary.json of a dataset); turns hours of training data into a number
+# of sessions.
 SECONDS: dict[str, float] = {
-    "turn_taking": 11.0,
-    "pause": 11.2,
-    "self_correction": 11.2,
-    "interruption": 10.3,
+    "turn_taking": 11.4,
+    "pause": 11.4,
+    "self_correction": 11.8,
+    "interruption": 10.5,
     "user_backchannel": 10.8,
-    "model_backchannel": 11.2,
-    "verbal_cue": 11.4,
-    "no_answer": 10.2,
+    "model_backchannel": 11.1,
+    "verbal_cue": 11.5,
+    "no_answer": 10.3,
     "visual_cue": 10.8,
-    "visual_question": 10.0,
-    "typed_text": 10.1,
+    "visual_question": 10.2,
+    "typed_text": 10.7,
 }

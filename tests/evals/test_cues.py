@@ -49,5 +49,5 @@ def test_what_is_said_in_reply_to_the_order_is_no_early_answer():
     reply = {"kind": "reply", "after": 1.0, "window": [1.0, 3.0], "content": []}
     made = session(reply, cue("verbal", [4.0, 5.2], "green"), family="verbal_cue")
     early = lambda words: values(cues.measure([item(made, words)]))["verbal_cue_stray"]  # noqa: E731
-    assert early(say("okay tiger then green", 1.4)) == [0.0]
+    assert early(say("okay at tiger green", 1.4)) == [0.0]
     assert early(say("green", 3.4)) == [1.0]

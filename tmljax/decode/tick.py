@@ -1,11 +1,12 @@
 """The tick: one micro-turn of input in, one of output out. The one function evaluated, exported and served.
 
-In one call: the model's own last word and speech, with what it noted then, and the new input enter the ring together,
-text is written token by token, the flow head paints the mel. With one slot each of text and speech that is one pass
-through the trunk. Each session of the batch has its own clock, ring row, and random stream.
+In one call: the model's own last word and speech, with what it noted then and what that brings back, and the new input
+enter the ring together, text is written token by token, the flow head paints the mel. With one slot each of text and
+speech that is one pass through the trunk. Each session of the batch has its own clock, ring row, text, and random
+stream.
 
 Legend: N sessions, F mel frames, M mel channels, S slots, K notes, n positions of one pass, D d_model, V vocab,
-X values of a slot of mel.
+X values of a slot of mel, or text slots of the window.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ import jax.numpy as jnp
 from tmljax import config
 from tmljax.decode.sampling import choose
 from tmljax.model import cache
-from tmljax.model.interaction import Definition, InteractionModel, Params, is_word
+from tmljax.model.interaction import Definition, InteractionModel, Params
+from tmljax.model.recall import recall_last
 from tmljax.ops.flow import denormalise
 from tmljax.stream.dmel import SILENCE_MEL
-from tmljax.stream.microturn import ABSENT, FRAMES, IDLE, MEL, NOTES, SEEN_WORDS
+from tmljax.stream.microturn import ABSENT, FRAMES, IDLE, MEL, NOTES, SEEN_WORDS, is_word
 
 SURE = 0.25  # probability of a note that counts; one of two words for a frame is due half of it all
 
@@ -40,7 +42,7 @@ class TickInput(NamedTuple):
 class TickState(NamedTuple):
     ring: cache.Ring
     time_N: jax.Array  # int32, the micro-turn to come
-    token_N: jax.Array  # int32, the last text token of the last tick
+    said_NX: jax.Array  # int32, the text of the last `window` micro-turns, the last one's at the end
     mel_NFM: jax.Array  # the model's speech of the last tick, whose last slot is yet to enter the ring
     note_NK: jax.Array  # int32, what it noted then
     seed_N: jax.Array  # uint32
@@ -73,8 +75,9 @@ def init_state(definition: Definition, sessions: int) -> TickState:
     )
     mel_NFM = jnp.tile(jnp.asarray(SILENCE_MEL)[None, None], (sessions, FRAMES, 1))
     note_NK = jnp.full((sessions, NOTES), ABSENT, jnp.int32)
-    clock_N, token_N = jnp.zeros(sessions, jnp.int32), jnp.full(sessions, IDLE, jnp.int32)
-    return TickState(ring, clock_N, token_N, mel_NFM, note_NK, jnp.zeros(sessions, jnp.uint32))
+    said_NX = jnp.full((sessions, model.window * layout.model_text), IDLE, jnp.int32)
+    clock_N = jnp.zeros(sessions, jnp.int32)
+    return TickState(ring, clock_N, said_NX, mel_NFM, note_NK, jnp.zeros(sessions, jnp.uint32))
 
 
 def tick(
@@ -97,7 +100,8 @@ def tick(
     )
     mel_NFM, condition_NSD, ring = speak(model, ring, z_ND, text_NS, state.time_N, keys_N, forced.model_mel)
     fed_back_NK = note_NK if forced.notes is None else forced.notes
-    state = TickState(ring, state.time_N + 1, text_NS[:, -1], mel_NFM, fed_back_NK, state.seed_N)
+    said_NX = jnp.concatenate([state.said_NX[:, text_NS.shape[1] :], text_NS], axis=1)
+    state = TickState(ring, state.time_N + 1, said_NX, mel_NFM, fed_back_NK, state.seed_N)
     return state, TickOutput(text_NS, mel_NFM, note_NK, logit_NSV.astype(jnp.float32), condition_NSD)
 
 
@@ -107,7 +111,7 @@ def start_over(state: TickState, inputs: TickInput) -> TickState:
     return TickState(
         cache.forget(state.ring, reset_N),
         jnp.where(reset_N, 0, state.time_N),
-        jnp.where(reset_N, IDLE, state.token_N),
+        jnp.where(reset_N[:, None], IDLE, state.said_NX),
         jnp.where(reset_N[:, None, None], silence_NFM, state.mel_NFM),
         jnp.where(reset_N[:, None], ABSENT, state.note_NK),
         jnp.where(reset_N, inputs.seed, state.seed_N),
@@ -121,8 +125,9 @@ def listen(model: InteractionModel, state: TickState, inputs: TickInput) -> tupl
     """
     layout, time_N = model.layout, state.time_N
     left = 1 if layout.model_audio > 1 else 2
-    token_N1D = model.embed_model_text(state.token_N[:, None, None], slot=layout.model_text - 1)[:, 0]
-    speech_N1D = model.embed_model_audio(state.mel_NFM[:, None], state.note_NK[:, None])[:, 0, -1:]
+    token_N1D = model.embed_model_text(state.said_NX[:, None, -1:], slot=layout.model_text - 1)[:, 0]
+    recalled_N1 = recall_last(state.note_NK[:, 0], state.said_NX)[:, None]
+    speech_N1D = model.embed_model_audio(state.mel_NFM[:, None], state.note_NK[:, None], recalled_N1)[:, 0, -1:]
     x_NnD = jnp.concatenate(
         [
             *(token_N1D, speech_N1D)[-left:],

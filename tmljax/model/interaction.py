@@ -3,10 +3,10 @@
 A position predicts the next one's content. So the last input slot predicts the first text token, that token's slot
 the next. The mel that follows the text is painted from what predicted its last token and from that token itself, so
 that a tick need not pass it through the trunk first. What the model notes of its input on the way, the user's words and
-what a frame shows, it reads back in the micro-turn's last slot.
+what a frame shows, it reads back in the micro-turn's last slot, with what a word heard brings back (`recall.py`).
 
-Legend: B batch, T micro-turns, S slots, R slots that are not video, N frames, P positions, D d_model, V vocab,
-K notes of a micro-turn, W words for a frame, X values of a slot of mel.
+Legend: B batch, T micro-turns, S slots, R slots that are not video, or words read back, N frames, P positions,
+D d_model, V vocab, K notes of a micro-turn, W words for a frame, X values of a slot of mel.
 """
 
 from __future__ import annotations
@@ -26,10 +26,13 @@ from tmljax.model.block import MoeReport
 from tmljax.model.embed import DmelEmbed, PatchEmbed
 from tmljax.model.heads import FlowHead, TextHead
 from tmljax.model.params import constant, dense
+from tmljax.model.recall import recall_sequence
 from tmljax.model.trunk import Trunk
 from tmljax.sharding import spread
 from tmljax.stream.dmel import BIN_WIDTH, LOG_LOW
-from tmljax.stream.microturn import ABSENT, BINS, CONTROL_TOKENS, SEEN_WORDS, Layout
+from tmljax.stream.microturn import ABSENT, BINS, SEEN_WORDS, Layout, is_word
+
+HEARD, SEEN, RECALLED = range(SENSES := 3)  # rows of `senses`
 
 Params = dict[str, Any]
 Batch = dict[str, jax.Array]
@@ -49,9 +52,9 @@ class InteractionModel(nnx.Module):
         D = model.d_model
         self.tokens = dense(rngs, (stream.vocab_size, D), ("vocab", "embed"), fan_in=4)
         self.slots = dense(rngs, (self.layout.slots, D), ("small", "embed"), fan_in=4)
-        # These tell a word heard from one for what is seen; at first it is the same word by any sense.
-        self.senses = dense(rngs, (2, D), ("small", "embed"), fan_in=4)
-        self.sense_scales = constant((2, D), ("small", "embed"), 1.0)
+        # These tell words heard, seen and recalled apart; at first it is the same word, whichever way it came.
+        self.senses = dense(rngs, (SENSES, D), ("small", "embed"), fan_in=4)
+        self.sense_scales = constant((SENSES, D), ("small", "embed"), 1.0)
         self.user_dmel = DmelEmbed(self.layout, D, rngs)
         self.model_dmel = DmelEmbed(self.layout, D, rngs)
         self.patches = PatchEmbed(self.layout, model, rngs)
@@ -74,18 +77,21 @@ class InteractionModel(nnx.Module):
     def embed_model_text(self, token_BTS: jax.Array, slot: int = 0) -> jax.Array:
         return self._place(self.tokens[...][token_BTS], self.layout.inputs + slot)
 
-    def embed_model_audio(self, mel_BTFM: jax.Array, note_BTK: jax.Array, mesh: Mesh | None = None) -> jax.Array:
-        """`note_BTK` (`notes_of`) is read with the last slot."""
+    def embed_model_audio(
+        self, mel_BTFM: jax.Array, note_BTK: jax.Array, recalled_BT: jax.Array, mesh: Mesh | None = None
+    ) -> jax.Array:
+        """The notes (`notes_of`), and what the word heard brings back, are read with the last slot."""
         x_BTSD = self.model_dmel(quantise(mel_BTFM), mesh)
-        last_BT1D = x_BTSD[:, :, -1:] + self.embed_notes(note_BTK)[:, :, None]
+        last_BT1D = x_BTSD[:, :, -1:] + self.embed_notes(note_BTK, recalled_BT)[:, :, None]
         x_BTSD = jnp.concatenate([x_BTSD[:, :, :-1], last_BT1D], axis=2)
         return self._place(x_BTSD, self.layout.inputs + self.layout.model_text)
 
-    def embed_notes(self, note_BTK: jax.Array) -> jax.Array:
-        kind_K = np.array([0] + [1] * SEEN_WORDS)
-        sense_KD, scale_KD = self.senses[...][kind_K], self.sense_scales[...][kind_K]
-        x_BTKD = self.tokens[...][note_BTK] * scale_KD[None, None] + sense_KD[None, None]
-        return jnp.sum(jnp.where(is_word(note_BTK)[..., None], x_BTKD, 0), axis=2)
+    def embed_notes(self, note_BTK: jax.Array, recalled_BT: jax.Array) -> jax.Array:
+        word_BTR = jnp.concatenate([note_BTK, recalled_BT[..., None]], axis=2)
+        sense_R = np.array([HEARD] + [SEEN] * SEEN_WORDS + [RECALLED])
+        sense_RD, scale_RD = self.senses[...][sense_R], self.sense_scales[...][sense_R]
+        x_BTRD = self.tokens[...][word_BTR] * scale_RD[None, None] + sense_RD[None, None]
+        return jnp.sum(jnp.where(is_word(word_BTR)[..., None], x_BTRD, 0), axis=2)
 
     def embed_slot_of_speech(self, mel_NfM: jax.Array, slot: int) -> jax.Array:
         """One model_audio slot alone, not the last, [N, 1, D]; `mel_NfM` has the frames of that slot."""
@@ -105,12 +111,14 @@ class InteractionModel(nnx.Module):
     @jax.named_scope("embed")
     def weave(self, batch: Batch, mesh: Mesh | None = None) -> tuple[jax.Array, jax.Array]:
         """All streams in the order of `Layout.positions`: ([B, P, D], present bool [B, P])."""
+        recalled_BT = spread(recalled_of(batch, self.model.window), mesh)  # it looks over all that a mesh may split
+        batch = spread(batch, mesh)
         B, T = batch["user_present"].shape
         streams = (
             self.embed_user_audio(batch["user_dmel"], mesh),
             self.embed_user_text(batch["user_text"]),
             self.embed_model_text(batch["model_text"]),
-            self.embed_model_audio(batch["model_mel"], notes_of(batch), mesh),
+            self.embed_model_audio(batch["model_mel"], notes_of(batch), recalled_BT, mesh),
         )
         present = (
             jnp.repeat(batch["user_present"][..., None], self.layout.user_audio, axis=2),
@@ -142,7 +150,7 @@ class InteractionModel(nnx.Module):
     def __call__(self, batch: Batch, mesh: Mesh | None = None) -> Outputs:
         """The training forward; `batch` as the loader makes it (tmljax/stream/weave.py)."""
         turns = batch["user_present"].shape[1]
-        x_BPD, present_BP = self.weave(spread(batch, mesh), mesh)
+        x_BPD, present_BP = self.weave(batch, mesh)
         place_P2 = self.layout.positions(turns)
         turn_P, slot_P = place_P2.T
         counts_BP = (present_BP | (slot_P == self.layout.inputs - 1)[None]) & batch["valid"][:, turn_P]
@@ -166,8 +174,9 @@ def notes_of(batch: Batch) -> jax.Array:
     return jnp.concatenate([heard_BT[..., None], seen_BTW], axis=2)
 
 
-def is_word(token: jax.Array) -> jax.Array:
-    return token >= len(CONTROL_TOKENS)
+def recalled_of(batch: Batch, window: int) -> jax.Array:
+    """int32 [B, T]: what the word heard in each micro-turn brings back."""
+    return recall_sequence(notes_of(batch)[..., 0], batch["model_text"], window)
 
 
 def quantise(mel: jax.Array) -> jax.Array:

@@ -13,6 +13,7 @@ turns times into micro-turns (weave, decoder, metrics) uses the two functions at
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -36,6 +37,11 @@ ABSENT = 0  # no typed text in this slot
 IDLE = 1  # the model says nothing
 HOLD = 2  # the model is still saying the word before
 CONTROL_TOKENS = ("<absent>", "<idle>", "<hold>")
+
+
+def is_word(token: Any) -> Any:
+    """Of a token, or of each in an array: whether it is, or is part of, a word."""
+    return token >= len(CONTROL_TOKENS)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,69 @@
+"""What a word heard brings back: plainly, for a whole sequence, and micro-turn by micro-turn."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tmljax.model.recall import recall_last, recall_sequence
+from tmljax.stream.microturn import ABSENT, HOLD, IDLE
+
+VOCAB = 9  # few words, so that they come again
+LONG = 99  # micro-turns; longer than any here
+
+
+def recall_plainly(heard_T: np.ndarray, text_TS: np.ndarray, window: int) -> list[int]:
+    recalled = []
+    for t, heard in enumerate(heard_T.tolist()):
+        after, word = {}, None
+        for token in text_TS[max(t + 1 - window, 0) : t + 1].ravel().tolist():
+            if token > HOLD and word is not None:
+                after[word] = token
+            word = word if token == HOLD else token if token > HOLD else None
+        recalled.append(after.get(heard, ABSENT) if heard > HOLD else ABSENT)
+    return recalled
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+@pytest.mark.parametrize("window", [6, LONG])
+def test_three_ways_recall_the_same(slots, window):
+    rng = np.random.default_rng(0)
+    heard_BT, text_BTS = rng.integers(0, VOCAB, (3, 40)), rng.integers(1, VOCAB, (3, 40, slots))
+    expected = np.array([recall_plainly(*one, window) for one in zip(heard_BT, text_BTS)])
+    assert 0.1 < np.mean(expected != ABSENT) < 0.8
+    np.testing.assert_array_equal(recall_sequence(jnp.array(heard_BT), jnp.array(text_BTS), window), expected)
+    said_NX = jnp.full((3, window * slots), IDLE)
+    for t in range(40):
+        said_NX = jnp.concatenate([said_NX[:, slots:], text_BTS[:, t]], axis=1)
+        np.testing.assert_array_equal(recall_last(jnp.array(heard_BT[:, t]), said_NX), expected[:, t])
+
+
+def recall_one(heard: list[int], said: list[int], window: int = LONG) -> list[int]:
+    return recall_sequence(jnp.array([heard]), jnp.array(said)[None, :, None], window)[0].tolist()
+
+
+def test_only_what_follows_in_one_stretch_of_speech_is_recalled():
+    at, tiger, green, so = 3, 4, 5, 6
+    said = [at, tiger, HOLD, green, IDLE, IDLE, so, IDLE, IDLE]
+    heard = [tiger, tiger, tiger, tiger, green, at, IDLE, green, tiger]
+    assert recall_one(heard, said) == [ABSENT, ABSENT, ABSENT, green, ABSENT, tiger, ABSENT, ABSENT, green]
+
+
+def test_what_attention_sees_no_more_is_not_recalled():
+    tiger, green = 4, 5
+    said = [tiger, green, IDLE, IDLE, IDLE]
+    assert recall_one([tiger] * 5, said, window=4) == [ABSENT, green, green, green, ABSENT]
+
+
+def test_a_word_of_several_tokens_brings_back_its_own_rest():
+    """A known limit: the first token of a word is followed by its second."""
+    ti, ger, green = 4, 5, 6
+    assert recall_one([ABSENT, ABSENT, ti, ger], [ti, ger, green, IDLE]) == [ABSENT, ABSENT, ger, green]
+
+
+def test_nothing_said_later_is_recalled():
+    rng = np.random.default_rng(0)
+    heard_BT, text_BTS = rng.integers(0, VOCAB, (3, 40)), rng.integers(1, VOCAB, (3, 40, 2))
+    other_BTS = np.concatenate([text_BTS[:, :20], rng.integers(1, VOCAB, (3, 20, 2))], axis=1)
+    one, other = (recall_sequence(jnp.array(heard_BT), jnp.array(text), LONG) for text in (text_BTS, other_BTS))
+    np.testing.assert_array_equal(one[:, :20], other[:, :20])
+    assert np.any(one[:, 20:] != other[:, 20:])

@@ -1,0 +1,51 @@
+"""Recall: a word that is heard brings back what the model said next when it last said that word.
+
+"Okay at tiger green", and with the next tiger that is heard there is green to read beside it. It is an induction head
+of order one whose match is exact and not learnt (an n-gram head, arXiv 2401.12973): what to make of a word that came
+back, the trunk learns. Only the model's own words count, since those it knows for sure, and of them those that
+attention sees: two that follow one another in one stretch of speech, among the last `window` micro-turns. It goes by
+tokens: a word of several, when its first is heard, brings back its own second.
+
+Legend: B batch, N sessions, T micro-turns, S text slots, X text slots of several micro-turns, in order.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from tmljax.stream.microturn import ABSENT, HOLD, is_word
+
+
+def recall_sequence(heard_BT: jax.Array, text_BTS: jax.Array, window: int) -> jax.Array:
+    """int32 [B, T]: what each micro-turn's word brings back, by the text up to and with it; ABSENT for nothing."""
+    (B, T, S), turn_T = text_BTS.shape, jnp.arange(text_BTS.shape[1])
+    text_BX = text_BTS.reshape(B, T * S)
+    before_BX = find_before(text_BX)
+    spoken_TX = jnp.arange(T * S)[None] // S <= turn_T[:, None]
+    seen_BTX = spoken_TX[None] & (before_BX[:, None] // S > turn_T[None, :, None] - window)
+    return take_latest(heard_BT, text_BX, before_BX, seen_BTX)
+
+
+def recall_last(heard_N: jax.Array, text_NX: jax.Array) -> jax.Array:
+    """int32 [N]: what a word heard now brings back from the text of the last `window` micro-turns."""
+    before_NX = find_before(text_NX)
+    return take_latest(heard_N[:, None], text_NX, before_NX, jnp.ones((1, 1, 1), bool))[:, 0]
+
+
+def find_before(text_BX: jax.Array) -> jax.Array:
+    """int32 [B, X]: the slot of the word or of the silence that each slot follows; -1 for what follows nothing."""
+    slot_X = jnp.arange(text_BX.shape[1])
+    written_BX = jax.lax.cummax(jnp.where(text_BX == HOLD, -1, slot_X[None]), axis=1)
+    return jnp.pad(written_BX[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+
+
+def take_latest(heard_BT: jax.Array, text_BX: jax.Array, before_BX: jax.Array, seen_BTX: jax.Array) -> jax.Array:
+    """int32 [B, T]: of the words that follow the one heard, where they are seen, the latest."""
+    preceding_BX = jnp.where(before_BX < 0, ABSENT, take(text_BX, before_BX))
+    pair_BX = is_word(text_BX) & is_word(preceding_BX)
+    follows_BTX = (preceding_BX[:, None] == heard_BT[..., None]) & pair_BX[:, None] & seen_BTX
+    slot_BT = jnp.max(jnp.where(follows_BTX, jnp.arange(text_BX.shape[1])[None, None], -1), axis=2)
+    return jnp.where(slot_BT < 0, ABSENT, take(text_BX, slot_BT))
+
+
+def take(text_BX: jax.Array, slot_BY: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(text_BX, jnp.maximum(slot_BY, 0), axis=1)
