@@ -17,7 +17,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.name = "quickstart"
     config.data.train_hours = 16.0
     config.data.test_per_family = 24
-    # When to speak comes before what to say at a cue: more of the first, less of the second than by default.
+    # When to speak comes before what to say at a cue: of cues there are fewer than by default.
     config.data.mixture = {
         "turn_taking": 0.23,
         "pause": 0.12,

@@ -1,4 +1,4 @@
-"""Measures a checkpoint on the test split: unseen voices, unseen sentences.
+"""Measures a checkpoint on the test split: unseen voices, unseen requests.
 
     python -m launch.evaluate --workdir=DIR [--suite=turn_taking,pause] [--limit=8]
 
@@ -122,7 +122,7 @@ def evaluate(options: Options) -> Report:
     paths = report.write(made, output)
     write_pictures(gallery, options.pictures)
     print(report.to_text(made))
-    print("wrote " + ", ".join(map(str, paths)) + f" and {writer.root}/")
+    print("wrote " + ", ".join(map(str, paths)) + f" and {writer.place}/")
     return made
 
 

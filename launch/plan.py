@@ -5,7 +5,7 @@
 The real training step is compiled for that slice with no accelerator present, which takes libtpu: pip install
 'tmljax[tpu]'. --method=formula does without, and is all there is for GPUs (--topology=h200:8x8, nodes x GPUs).
 --search tries the meshes and remat policies that make sense and writes the best as best.flags, which any verb takes:
---flagfile=DIR/best.flags. --what=tick says how many live sessions the slice serves.
+--flagfile=DIR/best.flags. --what=tick says, by formula, how many live sessions the slice would serve.
 """
 
 from __future__ import annotations
@@ -46,6 +46,9 @@ def main(argv: Sequence[str]) -> int:
     for name in ("price", "tokens"):
         if not math.isfinite(flags.FLAGS[name].value or 0):
             raise UserError(f"--{name}={flags.FLAGS[name].value} must be a finite number")
+    given = [name for name in ("search", "price", "tokens") if flags.FLAGS[name].value]
+    if flags.FLAGS.what == "tick" and given:
+        raise UserError(f"--{given[0]} is for the training step; leave it out, or --what=tick")
     verb.refuse_file("output")
     experiment, where = verb.experiment(), find_slice(flags.FLAGS.topology)
     title = f"{Path(flags.FLAGS.config.partition('.py')[0]).name} on {where.name}"

@@ -223,12 +223,12 @@ def test_another_number_of_hosts_and_another_mesh_go_on(straight, tmp_path, host
     close(workdir, straight(2))
 
 
-def train_for_real(folder: Path) -> subprocess.Popen:
-    """The real model through its verb on two hosts, its dataset built on the way."""
-    overrides = [f"--config.{name}={value}" for name, value in SIZES.items()]
+def train_for_real(folder: Path, hosts: int = 2, **changes: object) -> subprocess.Popen:
+    """The real model through its verb on hosts of two devices, its dataset built on the way."""
+    overrides = [f"--config.{name}={value}" for name, value in (SIZES | changes).items()]
     where = [f"--workdir={folder / 'run'}", f"--config.data.root={folder / 'data'}"]
     verb = [sys.executable, "-m", "launch.train", "--config=configs/smoke.py", *where, *overrides]
-    return supervise(["--hosts=2", "--devices-per-host=2", "--max-restarts=1"], verb, {})
+    return supervise([f"--hosts={hosts}", "--devices-per-host=2", "--max-restarts=1"], verb, {})
 
 
 def host_of(supervisor: subprocess.Popen, index: int) -> int:
@@ -256,6 +256,21 @@ def test_the_real_model_and_sigkill_while_its_dataset_is_built(tmp_path):
         assert process.returncode == 0, said
         assert f"host {index} was ended by SIGKILL, last heard of at building the dataset" in said
         assert rows(folder / "run") == rows(tmp_path / "straight" / "run")
+
+
+@pytest.mark.slow
+def test_the_real_model_with_its_experts_on_two_hosts(tmp_path):
+    """As on one: the exchange crosses from process to process, and no token is dropped."""
+    short = {"train.steps": 2, "train.log_every": 1}
+    one, two = ({"mesh.expert": n, "mesh.data": 1} for n in (2, 4))
+    for hosts, mesh in ((1, one), (2, two)):
+        process = train_for_real(tmp_path / str(hosts), hosts, **short, **mesh)
+        said, _ = process.communicate(timeout=600)
+        assert process.returncode == 0, said
+    first, second = (rows(tmp_path / str(hosts) / "run") for hosts in (1, 2))
+    assert len(first) == 2
+    assert second[0] == pytest.approx(first[0], rel=1e-5)
+    assert second[1] == pytest.approx(first[1], rel=1e-3)  # after a step of Muon
 
 
 @pytest.fixture

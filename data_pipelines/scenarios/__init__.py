@@ -35,8 +35,8 @@ FAMILIES: dict[str, tuple[Callable[[Stage], Score], float]] = {
     "typed_text": (typed_text.compose, 0.02),
 }
 
-# What a session lasts on average (seconds, by the summary.json of a dataset); turns hours of training data into a number
-# of sessions.
+# What a session lasts on average (seconds, by a dataset's summary.json); turns hours of training data into a number of
+# sessions.
 SECONDS: dict[str, float] = {
     "turn_taking": 11.4,
     "pause": 11.4,

@@ -127,9 +127,14 @@ def test_backchannel_reference(root):
     assert len(wav(root / "v1_0/synthetic_backchannel/0/output.wav")) == 7.5 * 16_000
 
 
-def test_clears_its_own_and_nobody_elses(root, tmp_path):
-    Writer(root)
+def test_replaces_its_own_when_it_is_whole_and_nobody_elses(root, tmp_path):
+    before = sorted(root.rglob("*"))
+    Writer(root)  # and interrupted
+    assert len(before) > 30
+    assert sorted(root.rglob("*")) == before
+    Writer(root).finish()
     assert [p.name for p in root.iterdir()] == ["README.txt"]
+    assert [p.name for p in tmp_path.iterdir()] == ["fdb"]
     foreign = tmp_path / "mine"
     foreign.mkdir()
     (foreign / "notes.txt").write_text("precious")

@@ -6,7 +6,7 @@ import pytest
 from tests.evals.hand import item, reply, say, session, values
 from tmljax.evals import timing
 from tmljax.evals.intervals import merge
-from tmljax.evals.item import user_audio
+from tmljax.evals.item import MODEL_GAP, USER_GAP, user_audio
 from tmljax.evals.timing import behaviour, events_of, response_intervals, stop_intervals, without_events
 
 
@@ -15,6 +15,11 @@ def test_merge_gaps():
     assert merge(pieces, 0.6) == [(0.0, 2.0), (2.61, 3.0)]
     assert merge(pieces, 0.5) == pieces
     assert merge([(1.0, 2.0), (0.0, 3.0)]) == [(0.0, 3.0)]
+
+
+def test_the_pauses_inside_a_segment_are_those_of_the_benchmark():
+    """get_timing.py: 0.6 s for the user, 0.5 s for the model."""
+    assert (USER_GAP, MODEL_GAP) == (0.6, 0.5)
 
 
 def test_stop_intervals():

@@ -28,6 +28,17 @@ def test_a_plan_by_formula(tmp_path):
     assert plan["conversation_seconds_per_dollar"] > 0
     assert "mesh.fsdp=" in (tmp_path / "best.flags").read_text()
     assert "MFU" in done.stdout
+    total, active = (plan["parameters"]["total"][name] for name in ("total", "active"))
+    assert f"{total / 1e6:.1f}M, {active / 1e6:.1f}M active" in done.stdout
+
+
+def test_a_plan_of_serving_takes_no_flag_of_training():
+    done = run("--topology=h100:1x2", "--what=tick")
+    assert done.returncode == 0, done.stderr
+    assert "live sessions" in done.stdout
+    done = run("--topology=h100:1x2", "--what=tick", "--price=3")
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == ["error: --price is for the training step; leave it out, or --what=tick"]
 
 
 def test_an_unknown_topology_is_one_line():

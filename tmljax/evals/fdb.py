@@ -35,21 +35,24 @@ file of that name from the folder it is started in. A v1.5 item with several ove
 in metadata.json; its clean run has none.
 """
 
+NOTE = "README.txt"
+
 
 class Writer:
-    """Writes items into `root` as they come; `finish` adds what concerns all of them."""
+    """Writes items beside `place` as they come; `finish` adds what concerns all of them, and puts them there.
 
-    def __init__(self, root: Path):
-        """Clears what an earlier evaluation left. Raises UserError for a folder that is somebody else's."""
-        note = root / "README.txt"
-        if root.exists():
-            mark = README.splitlines()[0]
-            if any(root.iterdir()) and not (note.exists() and note.read_text(encoding="utf-8").startswith(mark)):
-                raise UserError(f"{root} holds files that launch.evaluate did not write; move them away")
-            shutil.rmtree(root)
-        root.mkdir(parents=True)
-        note.write_text(README, encoding="utf-8")
-        self.root = root
+    Until then what an earlier evaluation left stays where it is.
+    """
+
+    def __init__(self, place: Path):
+        """Raises UserError for a folder that is somebody else's."""
+        self.place, self.root = place, place.with_name(place.name + ".unfinished")
+        for folder in (self.place, self.root):
+            if folder.exists() and any(folder.iterdir()) and not is_ours(folder):
+                raise UserError(f"{folder} holds files that launch.evaluate did not write; move them away")
+        shutil.rmtree(self.root, ignore_errors=True)
+        self.root.mkdir(parents=True)
+        (self.root / NOTE).write_text(README, encoding="utf-8")
         self.references: dict[str, list[float]] = {}
 
     def write(self, item: Item) -> None:
@@ -135,6 +138,14 @@ class Writer:
     def finish(self) -> None:
         if self.references:
             write_json(self.root / "v1_0" / "icc_gt_distribution.json", self.references)
+        if self.place.exists():
+            shutil.rmtree(self.place)
+        self.root.rename(self.place)
+
+
+def is_ours(folder: Path) -> bool:
+    note = folder / NOTE
+    return note.exists() and note.read_text(encoding="utf-8").startswith(README.splitlines()[0])
 
 
 def put(stem: Path, samples: np.ndarray, words: Iterable[Word] | None) -> None:

@@ -74,7 +74,9 @@ def to_lines(forecast: Forecast) -> list[tuple[str, str, str]]:
     links = ", ".join(f"{axis} {seconds(s)}" for axis, s in t.links.items()) or "none"
     moved = ", ".join(f"{x.operation} along {x.axis} {size(x.bytes)}" for x in largest(forecast)) or "nothing"
     bandwidth, saving = size(chip.memory_bandwidth), seconds(forecast.checkpoint_seconds)
+    parameters = add(count_parts(setting.definition))
     lines = [
+        ("parameters", f"{millions(parameters.total)}, {millions(parameters.active)} active", "config"),
         ("mesh", f"{axes}, remat {setting.experiment.model.remat}", "config"),
         ("positions", f"{setting.positions * setting.experiment.optimizer.accumulate:,.0f} a device", "config"),
         ("memory", f"{verdict}: {size(memory.total)} {of}, {forecast.spare:.1%} spare", source["memory"]),
@@ -106,12 +108,14 @@ def serving_lines(serving: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     ring, weights = size(serving["session_bytes"]), size(serving["weight_bytes"])
     memory, in_time = serving["sessions_per_device_by_memory"], serving["sessions_per_device_by_time"]
     full, alone = seconds(serving["turn_seconds"]), seconds(serving["turn_seconds_of_one"])
+    terms = ", ".join(f"{name} {seconds(value)}" for name, value in serving["terms"].items())
     lines = [
         ("mesh", axes),
         ("live sessions", f"{serving['sessions']:,} on the slice, bound by {serving['binds']}"),
         ("  in memory", f"{memory:,} a device, {ring} each beside {weights} of weights"),
         ("  in time", f"{in_time:,} a device"),
         ("a micro-turn", f"{full} of 200 ms{late}; {alone} with one session a device"),
+        ("  by term", terms),
     ]
     return [(label, value, "formula") for label, value in lines]
 
@@ -119,6 +123,10 @@ def serving_lines(serving: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 def to_text(lines: Sequence[tuple[str, str, str]]) -> str:
     width = max(len(label) for label, _, _ in lines)
     return "\n".join(f"{label.ljust(width)}  {value}  [{source}]" for label, value, source in lines)
+
+
+def millions(count: float) -> str:
+    return f"{count / 1e9:,.1f}B" if count >= 1e9 else f"{count / 1e6:,.1f}M"
 
 
 def size(count: float) -> str:

@@ -1,7 +1,8 @@
 """The same for serving: how many live sessions a slice holds, and how long a micro-turn of all of them takes.
 
-By formula. Every device but a tensor neighbour has sessions of its own; nothing is gathered: experts are split over
-`expert`, and what all positions use is on every device. Weights are as a tick holds them (`Definition.held`).
+By formula, and for a tick that is split over the slice: the decoder itself runs on one device. Every device but a
+tensor neighbour has sessions of its own; nothing is gathered: experts are split over `expert`, and what all positions
+use is on every device. Weights are as a tick holds them (`Definition.held`).
 
 Legend: n positions of a pass, K kv heads, h head dim, E experts, W expert width, D d_model.
 """
