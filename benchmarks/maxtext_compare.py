@@ -9,7 +9,7 @@ both with capacity factor 1.25 (MaxText's dropless path fails there on a CPU).
 
 What differs: our attention has QK-norm and a learned sink, our router is a sigmoid with a balancing bias, our rotary
 position counts 16 tokens as one; MaxText scans its layers and recomputes activations ("minimal"), ours keeps them, and
-warms up over a tenth of its steps where ours takes two. It does not say how many tokens it drops.
+warms up over a tenth of its steps where ours takes two. MaxText does not say how many tokens it drops.
 
 The peer needs an environment of its own and is left out without it:
 

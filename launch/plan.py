@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
     for name in ("price", "tokens"):
         if not math.isfinite(flags.FLAGS[name].value or 0):
             raise UserError(f"--{name}={flags.FLAGS[name].value} must be a finite number")
-    given = [name for name in ("search", "price", "tokens") if flags.FLAGS[name].value]
+    given = [name for name in ("search", "search_seconds", "price", "tokens", "method") if flags.FLAGS[name].present]
     if flags.FLAGS.what == "tick" and given:
         raise UserError(f"--{given[0]} is for the training step; leave it out, or --what=tick")
     verb.refuse_file("output")

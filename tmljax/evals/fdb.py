@@ -46,11 +46,15 @@ class Writer:
 
     def __init__(self, place: Path):
         """Raises UserError for a folder that is somebody else's."""
-        self.place, self.root = place, place.with_name(place.name + ".unfinished")
-        for folder in (self.place, self.root):
-            if folder.exists() and any(folder.iterdir()) and not is_ours(folder):
-                raise UserError(f"{folder} holds files that launch.evaluate did not write; move them away")
-        shutil.rmtree(self.root, ignore_errors=True)
+        note = place / NOTE
+        ours = note.exists() and note.read_text(encoding="utf-8").startswith(README.splitlines()[0])
+        if place.exists() and any(place.iterdir()) and not ours:
+            raise UserError(f"{place} holds files that launch.evaluate did not write; move them away")
+        self.place, self.root, self.replaced = (
+            place.with_name(place.name + x) for x in ("", ".unfinished", ".replaced")
+        )
+        for folder in (self.root, self.replaced):
+            shutil.rmtree(folder, ignore_errors=True)
         self.root.mkdir(parents=True)
         (self.root / NOTE).write_text(README, encoding="utf-8")
         self.references: dict[str, list[float]] = {}
@@ -139,13 +143,9 @@ class Writer:
         if self.references:
             write_json(self.root / "v1_0" / "icc_gt_distribution.json", self.references)
         if self.place.exists():
-            shutil.rmtree(self.place)
+            self.place.rename(self.replaced)
         self.root.rename(self.place)
-
-
-def is_ours(folder: Path) -> bool:
-    note = folder / NOTE
-    return note.exists() and note.read_text(encoding="utf-8").startswith(README.splitlines()[0])
+        shutil.rmtree(self.replaced, ignore_errors=True)
 
 
 def put(stem: Path, samples: np.ndarray, words: Iterable[Word] | None) -> None:

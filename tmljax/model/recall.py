@@ -6,7 +6,8 @@ back, the trunk learns. Only the model's own words count, since those it knows f
 attention sees: two that follow one another in one stretch of speech, among the last `window` micro-turns. It goes by
 tokens: a word of several, when its first is heard, brings back its own second.
 
-Legend: B batch, N sessions, T micro-turns, S text slots, X text slots of several micro-turns, in order.
+Legend: B batch, N sessions, T micro-turns, S text slots, X text slots of several micro-turns, in order,
+Y some of them.
 """
 
 import jax

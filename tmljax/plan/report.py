@@ -76,7 +76,7 @@ def to_lines(forecast: Forecast) -> list[tuple[str, str, str]]:
     bandwidth, saving = size(chip.memory_bandwidth), seconds(forecast.checkpoint_seconds)
     parameters = add(count_parts(setting.definition))
     lines = [
-        ("parameters", f"{millions(parameters.total)}, {millions(parameters.active)} active", "config"),
+        ("parameters", f"{amount(parameters.total)}, {amount(parameters.active)} active", "config"),
         ("mesh", f"{axes}, remat {setting.experiment.model.remat}", "config"),
         ("positions", f"{setting.positions * setting.experiment.optimizer.accumulate:,.0f} a device", "config"),
         ("memory", f"{verdict}: {size(memory.total)} {of}, {forecast.spare:.1%} spare", source["memory"]),
@@ -125,7 +125,7 @@ def to_text(lines: Sequence[tuple[str, str, str]]) -> str:
     return "\n".join(f"{label.ljust(width)}  {value}  [{source}]" for label, value, source in lines)
 
 
-def millions(count: float) -> str:
+def amount(count: float) -> str:
     return f"{count / 1e9:,.1f}B" if count >= 1e9 else f"{count / 1e6:,.1f}M"
 
 
