@@ -109,12 +109,14 @@ def serving_lines(serving: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     memory, in_time = serving["sessions_per_device_by_memory"], serving["sessions_per_device_by_time"]
     full, alone = seconds(serving["turn_seconds"]), seconds(serving["turn_seconds_of_one"])
     terms = ", ".join(f"{name} {seconds(value)}" for name, value in serving["terms"].items())
+    tensor = serving["mesh"]["tensor"]
+    unit = f"{tensor} tensor neighbours" if tensor > 1 else "a device"
     lines = [
         ("mesh", axes),
         ("live sessions", f"{serving['sessions']:,} on the slice, bound by {serving['binds']}"),
-        ("  in memory", f"{memory:,} a device, {ring} each beside {weights} of weights"),
-        ("  in time", f"{in_time:,} a device"),
-        ("a micro-turn", f"{full} of 200 ms{late}; {alone} with one session a device"),
+        ("  in memory", f"{memory:,} for {unit}; on each device {ring} a session beside {weights} of weights"),
+        ("  in time", f"{in_time:,} for {unit}"),
+        ("a micro-turn", f"{full} of 200 ms{late}; {alone} with one for {unit}"),
         ("  by term", terms),
     ]
     return [(label, value, "formula") for label, value in lines]
