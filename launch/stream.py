@@ -122,6 +122,8 @@ def check_writable(path: str | None, input_path: str) -> None:
     folder = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(folder):
         raise UserError(f"cannot write {path}: the folder {folder} does not exist")
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"cannot write {path}: nothing may be written to {folder}")
     if os.path.exists(path) and not os.path.isfile(path):
         raise UserError(f"cannot write {path}: it is {'a folder' if os.path.isdir(path) else 'no regular file'}")
     if os.path.exists(path) and os.path.exists(input_path) and os.path.samefile(path, input_path):
@@ -185,6 +187,7 @@ def describe(
         "real_time_factor": round(sum(total_ms) / 1e3 / seconds, 5),  # seconds of work per second of conversation
         "config": engine.name,
         "step": engine.step,
+        "settings": verb.settings(engine.experiment),
         "seed": seed,
         "source": "export" if bundle.is_export(workdir) else "workdir",
     }

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import errno
 import importlib.util
+import operator
 import os
 import re
 import select
@@ -87,6 +88,11 @@ def adapt(trained: Experiment, overrides: Sequence[str]) -> Experiment:
         field, _, text = override.partition("=")
         set_field(tree, field.split("."), text)
     return from_config_dict(ml_collections.ConfigDict(tree, type_safe=False))
+
+
+def settings(served: Experiment) -> dict[str, Any]:
+    """What serving is free to set, as it was set: field -> value."""
+    return {field: operator.attrgetter(field)(served) for field in SERVING}
 
 
 def experiment() -> Experiment:
@@ -228,9 +234,8 @@ def set_field(tree: dict[str, Any], path: Sequence[str], text: str) -> None:
             )
     if isinstance(tree.get(name), dict) and not text.startswith("{"):
         field = f"config.{'.'.join(path)}"
-        raise UserError(
-            f"{field} is a group: set --{field}.NAME=VALUE; it has {', '.join(sorted(tree[name])) or 'none'}"
-        )
+        known = f"; it has {', '.join(sorted(tree[name]))}" if tree[name] else ""
+        raise UserError(f"{field} is a group: set --{field}.NAME=VALUE{known}")
     tree[name] = text if isinstance(tree.get(name), str) else parse_value(text)
 
 

@@ -127,8 +127,11 @@ def test_serving_sets_its_own_sampling(workdir, speech, tmp_path):
     assert config.from_json((tmp_path / "cold/config.json").read_text()).sampling.temperature == 0
     heard = []
     for folder, flag in ((workdir, ()), (workdir, (cold,)), (tmp_path / "cold", ())):
-        assert run(stream, *flag, workdir=folder, input=speech, output=tmp_path / "out.wav", seed=5) == 0
-        heard.append((tmp_path / "out.wav").read_bytes())
+        out, report = tmp_path / "out.wav", tmp_path / "out.json"
+        assert run(stream, *flag, workdir=folder, input=speech, output=out, json=report, seed=5) == 0
+        heard.append(out.read_bytes())
+        wanted = EXPERIMENT.sampling.temperature if not heard[1:] else 0
+        assert json.loads(report.read_text())["settings"]["sampling.temperature"] == wanted
     assert heard[0] != heard[1] == heard[2]
 
 

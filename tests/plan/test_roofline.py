@@ -76,10 +76,13 @@ def test_what_waits_is_added_and_the_rest_is_as_long_as_its_longest_part():
     ("name", "says"),
     [
         ("v5q:4x8x8", "did you mean v5p.* v5p:4x8x8"),
-        ("v5p:4x8", "v5p has 3 sizes; known are v5p:2x2x1"),
-        ("h200:8", "h200 has 2 sizes"),
+        ("v5p:4x8", "v5p is 3 whole numbers from 1 on; known are v5p:2x2x1"),
+        ("h200:8", "h200 is 2 whole numbers"),
         ("v5p", "known are"),
         ("v5e:0x4", "known are"),
+        ("h200:0x8", "h200 is 2 whole numbers from 1 on"),
+        ("v5p:3x7x5", "no slice of v5p has this shape; known are v5p:2x2x1"),
+        ("v6e:3x4", "no slice of v6e has this shape"),
     ],
 )
 def test_an_unknown_topology_lists_those_known(name, says):

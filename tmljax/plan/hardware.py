@@ -55,7 +55,7 @@ CHIPS = {
     )
 }
 
-# Shapes worth offering; any other that the compiler knows is taken as well.
+# Shapes worth offering; of tori of three dims, others that slices are made in are taken as well (`is_made`).
 SHAPES = {
     "v4": ("2x2x1", "2x2x4", "4x4x4", "4x4x8", "8x8x8", "8x8x16"),
     "v5e": ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
@@ -98,8 +98,20 @@ def find_slice(name: str) -> Slice:
     chip = CHIPS[kind]
     dims = chip.dims if chip.kind == "tpu" else 2
     if not all(size.isdecimal() and int(size) for size in sizes) or len(sizes) != dims:
-        raise UserError(f"--topology={name}: the shape of {kind} has {dims} sizes; known are {known(kind)}")
-    return Slice(name, chip.per_device, tuple(map(int, sizes)), chip.devices)
+        raise UserError(
+            f"--topology={name}: the shape of {kind} is {dims} whole numbers from 1 on; known are {known(kind)}"
+        )
+    shape = tuple(map(int, sizes))
+    if chip.kind == "tpu" and not is_made(chip, shape):
+        raise UserError(f"--topology={name}: no slice of {kind} has this shape; known are {known(kind)}")
+    return Slice(name, chip.per_device, shape, chip.devices)
+
+
+def is_made(chip: Chip, shape: tuple[int, ...]) -> bool:
+    """Whether slices come in this shape: tori of three dims are built of cubes of 4, or are a part of one."""
+    if chip.dims == 2:
+        return "x".join(map(str, shape)) in SHAPES[chip.name]
+    return all(size % 4 == 0 for size in shape) or all(size in (1, 2, 4) for size in shape)
 
 
 def known(kind: str | None = None) -> str:

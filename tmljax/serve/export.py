@@ -105,7 +105,8 @@ def _whole_directory(output: Path) -> Iterator[Path]:
             output.rename(replaced)
         folder.rename(output)
     except (OSError, SafetensorError) as e:
-        raise UserError(f"cannot write {output}: {'the disk is full' if files.is_full(e) else e}") from None
+        why = "the disk is full" if files.is_full(e) else getattr(e, "strerror", None) or e
+        raise UserError(f"cannot write {output}: {why}") from None
     finally:
         if replaced.exists() and not output.exists():
             replaced.rename(output)

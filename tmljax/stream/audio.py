@@ -42,7 +42,7 @@ def read_audio(path: str | os.PathLike[str]) -> np.ndarray:
     except (soundfile.LibsndfileError, OSError) as e:
         raise UserError(f"{name}: not a readable sound file ({e}); WAV, FLAC, Ogg and MP3 are") from None
     if len(samples) < promised:
-        raise UserError(f"{name}: truncated, {len(samples)} of {promised} samples are there")
+        raise UserError(f"{name}: truncated, {len(samples)} of {promised} samples are there; copy or record it again")
     if not len(samples):
         raise UserError(f"{name}: holds no samples")
     if not np.isfinite(samples).all():
@@ -67,10 +67,11 @@ def refuse_truncated(name: str) -> None:
             if kind == b"data":
                 # 0xFFFFFFFF and its kin are written by programs that stream and do not know the length
                 if length < 0x7FFFF000 and here + length > size:
-                    raise UserError(f"{name}: truncated, {size - here} of {length} bytes of sound are there")
+                    there = f"{size - here} of {length} bytes of sound are there"
+                    raise UserError(f"{name}: truncated, {there}; copy or record it again")
                 return
             file.seek(here + length + length % 2)
-    raise UserError(f"{name}: truncated, the WAV has no data chunk")
+    raise UserError(f"{name}: truncated, the WAV has no data chunk; copy or record it again")
 
 
 def write_wav(path: str | os.PathLike[str], samples: np.ndarray, rate: int = SAMPLE_RATE) -> None:
