@@ -35,7 +35,7 @@ from tmljax.config import Experiment, UserError
 from tmljax.stream.record import Session
 from tmljax.stream.text import Tokenizer
 
-GENERATOR = 13  # raise it when the same config gives other sessions
+GENERATOR = 14  # raise it when the same config gives other sessions
 STAGING = ".staging"
 
 
@@ -155,7 +155,7 @@ def build(
     except OSError as e:
         if files.is_full(e):
             raise UserError(f"the disk is full: free space for {home} and run again, what is there is kept") from None
-        raise UserError(f"cannot write the dataset: {e}") from None
+        raise UserError(f"cannot write {home}: {e.strerror or e}") from None
     counts = json.loads((home / "summary.json").read_text())
     return Summary(home, counts["sessions"], counts["seconds"], rendered, time.monotonic() - began)
 

@@ -24,6 +24,7 @@ import espeakng_loader
 import numpy as np
 import soxr
 
+from data_pipelines import tracts
 from tmljax.stream.microturn import MICROTURN_SAMPLES, SAMPLE_RATE
 from tmljax.stream.record import Word
 
@@ -36,13 +37,6 @@ ACCENTS = {
     "nyc": "gmw/en-US-nyc",
     "caribbean": "gmw/en-029",
 }
-VARIANTS = (
-    *("m1", "m2", "m3", "m4", "m5", "m6", "m7", "m8", "f1", "f2", "f3", "f4", "f5", "croak", "grandpa", "aunty"),
-    *("Alex", "Andrea", "Annie", "Gene", "Hugo", "Jacky", "Lee", "Mario", "Michael", "Mike", "Alicia", "anika"),
-    *("belinda", "benjamin", "boris", "david", "ed", "ian", "john", "linda", "paul", "pedro", "quincy", "rob"),
-    *("sandro", "steph", "travis", "victor", "zac"),
-)
-MODEL_VARIANT = "m3"  # the model's own; no user has it
 
 # How words sound that the dictionary would read otherwise (espeak phoneme mnemonics).
 SOUNDS = {"mhm": "[[m@h'm]]", "uhhuh": "[[Vh'V]]", "um": "[[V:m]]", "uh": "[[V:]]"}
@@ -53,13 +47,13 @@ class Speaker(NamedTuple):
     """One person: an accent, a vocal tract and habits."""
 
     accent: str
-    variant: str
+    tract: str
     rate: int  # words per minute
-    pitch: int  # 0..99, 50 is the variant's own
+    pitch: int  # 0..99, 50 is the tract's own
     range: int  # of pitch, 0..99
 
 
-MODEL = Speaker("us", MODEL_VARIANT, 205, 50, 25)
+MODEL = Speaker("us", tracts.MODEL, 205, 50, 25)
 
 
 @dataclass(frozen=True)
@@ -114,17 +108,14 @@ def split_of(text: str) -> str:
 
 @cache
 def cast(split: str) -> tuple[tuple[str, str], ...]:
-    """(accent, variant) of everybody who may speak to the model in this split; no vocal tract is in two splits."""
-    others = [v for v in VARIANTS if v != MODEL_VARIANT]
-    tracts = {"test": others[3::8], "validation": others[7::8]}
-    tracts["train"] = [v for v in others if v not in tracts["test"] + tracts["validation"]]
-    return tuple((accent, variant) for accent in ACCENTS for variant in tracts[split])
+    """(accent, tract) of everybody who may speak to the model in this split; no vocal tract is in two splits."""
+    return tuple((accent, tract) for accent in ACCENTS for tract in tracts.SPLITS[split])
 
 
 def draw_speaker(rng: np.random.Generator, split: str) -> Speaker:
     people = cast(split)
-    accent, variant = people[rng.integers(len(people))]
-    return Speaker(accent, variant, int(rng.integers(165, 226)), int(rng.integers(30, 71)), int(rng.integers(30, 71)))
+    accent, tract = people[rng.integers(len(people))]
+    return Speaker(accent, tract, int(rng.integers(165, 226)), int(rng.integers(30, 71)), int(rng.integers(30, 71)))
 
 
 class _Event(ctypes.Structure):
@@ -152,11 +143,7 @@ _UTF8, _PHONEMES = 1, 0x100
 def _data_folder() -> str:
     """espeak's data with our voice files and links to the wheel for the rest, shared by all processes."""
     source = Path(espeakng_loader.get_data_path())
-    files = {}
-    for variant in VARIANTS:
-        lines = (source / "voices" / "!v" / variant).read_text().splitlines()
-        kept = [line for line in lines if not line.startswith(("flutter", "echo", "roughness"))]
-        files[variant] = "\n".join([*kept, "flutter 0", "echo 0 0", "roughness 0", ""])
+    files = tracts.voice_files(source / "voices" / "!v")
     fingerprint = hashlib.blake2b(repr((str(source), files)).encode(), digest_size=8).hexdigest()
     folder = Path(tempfile.gettempdir()) / f"tmljax-voices-{os.getuid()}-{fingerprint}"
     if not (folder / "phondata").exists():
@@ -164,8 +151,8 @@ def _data_folder() -> str:
         for name in ("phondata", "phonindex", "phontab", "intonations", "en_dict", "lang"):
             (making / name).symlink_to(source / name)
         (making / "voices" / "!v").mkdir(parents=True)
-        for variant, text in files.items():
-            (making / "voices" / "!v" / variant).write_text(text)
+        for tract, text in files.items():
+            (making / "voices" / "!v" / tract).write_text(text)
         try:
             making.rename(folder)
         except OSError:  # another process was first
@@ -197,7 +184,7 @@ class Espeak:
 
     def _become(self, speaker: Speaker) -> None:
         """Also where nothing changes: loading a voice forgets the formants of the utterance before."""
-        status = self._library.espeak_SetVoiceByName(f"{ACCENTS[speaker.accent]}+{speaker.variant}".encode())
+        status = self._library.espeak_SetVoiceByName(f"{ACCENTS[speaker.accent]}+{speaker.tract}".encode())
         assert status == 0, f"espeak-ng has no voice {speaker}"
         settings = {_RATE: speaker.rate, _PITCH: speaker.pitch, _RANGE: speaker.range, _VOLUME: _QUIET}
         for parameter, value in settings.items():

@@ -22,17 +22,17 @@ from data_pipelines.score import Score
 
 # family -> (how to compose one, its weight in the default mixture)
 FAMILIES: dict[str, tuple[Callable[[Stage], Score], float]] = {
-    "turn_taking": (turn_taking.compose, 0.25),
-    "pause": (pause.compose, 0.13),
+    "turn_taking": (turn_taking.compose, 0.24),
+    "pause": (pause.compose, 0.16),
     "self_correction": (self_correction.compose, 0.05),
     "interruption": (interruption.compose, 0.04),
     "user_backchannel": (user_backchannel.compose, 0.03),
     "model_backchannel": (model_backchannel.compose, 0.02),
-    "verbal_cue": (verbal_cue.compose, 0.12),
-    "no_answer": (no_answer.compose, 0.12),
-    "visual_cue": (visual_cue.compose, 0.20),
-    "visual_question": (visual_question.compose, 0.02),
-    "typed_text": (typed_text.compose, 0.02),
+    "verbal_cue": (verbal_cue.compose, 0.10),
+    "no_answer": (no_answer.compose, 0.14),
+    "visual_cue": (visual_cue.compose, 0.19),
+    "visual_question": (visual_question.compose, 0.015),
+    "typed_text": (typed_text.compose, 0.015),
 }
 
 # What a session lasts on average (seconds, by a dataset's summary.json); turns hours of training data into a number of

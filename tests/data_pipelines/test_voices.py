@@ -25,7 +25,9 @@ def test_splits_share_no_voice():
     casts = {split: set(cast(split)) for split in ("train", "validation", "test")}
     assert min(len(people) for people in casts.values()) >= 15
     assert sum(len(people) for people in casts.values()) == len(set.union(*casts.values()))
-    assert not any(variant == MODEL.variant for people in casts.values() for _, variant in people)
+    tracts = {split: {tract for _, tract in people} for split, people in casts.items()}
+    assert sum(map(len, tracts.values())) == len(set.union(*tracts.values()))
+    assert MODEL.tract not in set.union(*tracts.values())
 
 
 def test_a_sentence_belongs_to_one_split_in_every_process():

@@ -1,0 +1,69 @@
+"""Vocal tracts: which there are, who of them speaks in which split, and the voice file that espeak-ng reads for each.
+
+espeak-ng comes with some fifty, of which a test needs its own. Training has more, drawn at random around those that are
+left for it: people of any size, from a long adult tract to a child's.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+NAMED = (
+    *("m1", "m2", "m3", "m4", "m5", "m6", "m7", "m8", "f1", "f2", "f3", "f4", "f5", "croak", "grandpa", "aunty"),
+    *("Alex", "Andrea", "Annie", "Gene", "Hugo", "Jacky", "Lee", "Mario", "Michael", "Mike", "Alicia", "anika"),
+    *("belinda", "benjamin", "boris", "david", "ed", "ian", "john", "linda", "paul", "pedro", "quincy", "rob"),
+    *("sandro", "steph", "travis", "victor", "zac"),
+)
+MODEL = "m3"  # the model's own; no user has it
+_USERS = [tract for tract in NAMED if tract != MODEL]
+_TEST, _VALIDATION = _USERS[3::8], _USERS[7::8]
+_TRAIN = [tract for tract in _USERS if tract not in _TEST + _VALIDATION]
+MADE = tuple(f"made{i}" for i in range(96))
+SPLITS = {"train": (*_TRAIN, *MADE), "validation": tuple(_VALIDATION), "test": tuple(_TEST)}
+
+HABITS = ("flutter 0", "echo 0 0", "roughness 0")  # what draws on state of the library is off
+FORMANTS = 9
+PITCH, FORMANT = (82.0, 118.0), (100.0, 100.0, 100.0)  # what espeak-ng takes where a file says nothing
+# How made tracts differ from those they are drawn around: factors of all formants, a long adult's to a child's; of
+# pitch, beside what their size asks for; of one formant's frequency, height (low ones cannot clip) and width.
+SIZE, VOICE, HZ, HEIGHT, WIDTH = (0.85, 1.4), (0.85, 1.2), (0.92, 1.08), (0.4, 0.9), (0.75, 1.5)
+
+
+def voice_files(source: Path) -> dict[str, str]:
+    """tract -> voice file, from espeak-ng's own in the folder `source`."""
+    files = {tract: steady((source / tract).read_text().splitlines()) for tract in NAMED}
+    for i, (tract, around) in enumerate(zip(MADE, itertools.cycle(_TRAIN))):
+        files[tract] = vary(files[around], np.random.default_rng(i))
+    return {tract: "\n".join([*lines, ""]) for tract, lines in files.items()}
+
+
+def steady(lines: Sequence[str]) -> list[str]:
+    """A voice file whose speech follows from the text alone."""
+    return [*(line for line in lines if not line.startswith(tuple(habit.split()[0] for habit in HABITS))), *HABITS]
+
+
+def vary(lines: Sequence[str], rng: np.random.Generator) -> list[str]:
+    """The file of somebody else who speaks like this one: vocal tract length perturbation (Jaitly & Hinton 2013), and
+    more than of length, before the speech is made rather than after."""
+    pitch, formants, kept = list(PITCH), [list(FORMANT) for _ in range(FORMANTS)], []
+    for line in lines:
+        name, *values = line.partition("//")[0].split() or [""]
+        if name == "pitch":
+            pitch = [float(value) for value in values[:2]]
+        elif name == "formant":
+            given = [float(value) for value in values[1:]]
+            formants[int(values[0])] = given + formants[int(values[0])][len(given) :]
+        else:
+            kept.append(line)
+    size = float(np.exp(rng.uniform(*np.log(SIZE))))
+    scale = size**2 * rng.uniform(*VOICE)
+    made = [f"pitch {round(scale * pitch[0])} {round(scale * pitch[1])}"]
+    for number, (hz, height, width, *shift) in enumerate(formants):
+        factors = size * rng.uniform(*HZ), rng.uniform(*HEIGHT), rng.uniform(*WIDTH)
+        values = [round(value * factor) for value, factor in zip((hz, height, width), factors)]
+        made.append(" ".join(map(str, ("formant", number, *values, *map(round, shift)))))
+    return [*made, *kept]
