@@ -39,7 +39,7 @@ KNOWN = 50  # newest checkpoints that are looked at
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
 BEST = "best"
-FORMAT = 3  # raise it when the same parameters compute something else
+FORMAT = 4  # raise it when the same parameters compute something else
 # What a resumed run may change: how long (which moves the end of the schedule), how often and where, how the same
 # numbers are computed (where none are dropped), and what is for serving alone.
 FREE = (

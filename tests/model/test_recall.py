@@ -1,25 +1,26 @@
-"""What a word heard brings back: plainly, for a whole sequence, and micro-turn by micro-turn."""
+"""What a word that is noted brings back: plainly, for a whole sequence, and micro-turn by micro-turn."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tmljax.model.recall import recall_last, recall_sequence
-from tmljax.stream.microturn import ABSENT, HOLD, IDLE
+from tmljax.stream.microturn import ABSENT, HOLD, IDLE, NOTES
 
 VOCAB = 9  # few words, so that they come again
 LONG = 99  # micro-turns; longer than any here
 
 
-def recall_plainly(heard_T: np.ndarray, text_TS: np.ndarray, window: int) -> list[int]:
+def recall_plainly(note_TK: np.ndarray, text_TS: np.ndarray, window: int) -> list[list[int]]:
     recalled = []
-    for t, heard in enumerate(heard_T.tolist()):
+    for t, (heard, *seen) in enumerate(note_TK.tolist()):
         after, word = {}, None
         for token in text_TS[max(t + 1 - window, 0) : t + 1].ravel().tolist():
             if token > HOLD and word is not None:
                 after[word] = token
             word = word if token == HOLD else token if token > HOLD else None
-        recalled.append(after.get(heard, ABSENT) if heard > HOLD else ABSENT)
+        from_heard, *from_seen = (after.get(note, ABSENT) if note > HOLD else ABSENT for note in (heard, *seen))
+        recalled.append([from_heard, *(word if word in seen else ABSENT for word in from_seen)])
     return recalled
 
 
@@ -27,18 +28,20 @@ def recall_plainly(heard_T: np.ndarray, text_TS: np.ndarray, window: int) -> lis
 @pytest.mark.parametrize("window", [6, LONG])
 def test_three_ways_recall_the_same(slots, window):
     rng = np.random.default_rng(0)
-    heard_BT, text_BTS = rng.integers(0, VOCAB, (3, 40)), rng.integers(1, VOCAB, (3, 40, slots))
-    expected = np.array([recall_plainly(*one, window) for one in zip(heard_BT, text_BTS)])
-    assert 0.1 < np.mean(expected != ABSENT) < 0.8
-    np.testing.assert_array_equal(recall_sequence(jnp.array(heard_BT), jnp.array(text_BTS), window), expected)
+    note_BTK, text_BTS = rng.integers(0, VOCAB, (3, 40, NOTES)), rng.integers(1, VOCAB, (3, 40, slots))
+    expected = np.array([recall_plainly(*one, window) for one in zip(note_BTK, text_BTS)])
+    assert 0.1 < np.mean(expected[..., 0] != ABSENT) < 0.8
+    assert 0.02 < np.mean(expected[..., 1:] != ABSENT) < 0.3
+    np.testing.assert_array_equal(recall_sequence(jnp.array(note_BTK), jnp.array(text_BTS), window), expected)
     said_NX = jnp.full((3, window * slots), IDLE)
     for t in range(40):
         said_NX = jnp.concatenate([said_NX[:, slots:], text_BTS[:, t]], axis=1)
-        np.testing.assert_array_equal(recall_last(jnp.array(heard_BT[:, t]), said_NX), expected[:, t])
+        np.testing.assert_array_equal(recall_last(jnp.array(note_BTK[:, t]), said_NX), expected[:, t])
 
 
 def recall_one(heard: list[int], said: list[int], window: int = LONG) -> list[int]:
-    return recall_sequence(jnp.array([heard]), jnp.array(said)[None, :, None], window)[0].tolist()
+    notes = jnp.array([[[word, ABSENT, ABSENT] for word in heard]])
+    return recall_sequence(notes, jnp.array(said)[None, :, None], window)[0, :, 0].tolist()
 
 
 def test_only_what_follows_in_one_stretch_of_speech_is_recalled():
@@ -60,10 +63,20 @@ def test_a_word_of_several_tokens_brings_back_its_own_rest():
     assert recall_one([ABSENT, ABSENT, ti, ger], [ti, ger, green, IDLE]) == [ABSENT, ABSENT, ger, green]
 
 
+def test_of_what_is_seen_only_words_said_together_come_back():
+    red, circle, square, blue, came = 4, 5, 6, 7, 8
+    said = jnp.array([[red, circle, IDLE, blue, square, came]])[..., None]
+    frames = [[ABSENT, ABSENT], [red, circle], [circle, red], [red, square], [square, blue], [blue, circle]]
+    notes = jnp.array([[[ABSENT, *frame] for frame in frames]])
+    recalled = recall_sequence(notes, said, LONG)[0, :, 1:].tolist()
+    neither = [ABSENT, ABSENT]
+    assert recalled == [neither, [circle, ABSENT], [ABSENT, circle], neither, [ABSENT, square], neither]
+
+
 def test_nothing_said_later_is_recalled():
     rng = np.random.default_rng(0)
-    heard_BT, text_BTS = rng.integers(0, VOCAB, (3, 40)), rng.integers(1, VOCAB, (3, 40, 2))
+    note_BTK, text_BTS = rng.integers(0, VOCAB, (3, 40, NOTES)), rng.integers(1, VOCAB, (3, 40, 2))
     other_BTS = np.concatenate([text_BTS[:, :20], rng.integers(1, VOCAB, (3, 20, 2))], axis=1)
-    one, other = (recall_sequence(jnp.array(heard_BT), jnp.array(text), LONG) for text in (text_BTS, other_BTS))
+    one, other = (recall_sequence(jnp.array(note_BTK), jnp.array(text), LONG) for text in (text_BTS, other_BTS))
     np.testing.assert_array_equal(one[:, :20], other[:, :20])
     assert np.any(one[:, 20:] != other[:, 20:])

@@ -3,7 +3,7 @@
 A position predicts the next one's content. So the last input slot predicts the first text token, that token's slot
 the next. The mel that follows the text is painted from what predicted its last token and from that token itself, so
 that a tick need not pass it through the trunk first. What the model notes of its input on the way, the user's words and
-what a frame shows, it reads back in the micro-turn's last slot, with what a word heard brings back (`recall.py`).
+what a frame shows, it reads back in the micro-turn's last slot, with what its notes bring back (`recall.py`).
 
 Legend: B batch, T micro-turns, S slots, R slots that are not video, or words read back, N frames, P positions,
 D d_model, V vocab, K notes of a micro-turn, W words for a frame, X values of a slot of mel.
@@ -32,7 +32,7 @@ from tmljax.sharding import spread
 from tmljax.stream.dmel import BIN_WIDTH, LOG_LOW
 from tmljax.stream.microturn import ABSENT, BINS, SEEN_WORDS, Layout, is_word
 
-HEARD, SEEN, RECALLED = range(SENSES := 3)  # rows of `senses`
+HEARD, SEEN, RECALLED, MET = range(SENSES := 4)  # rows of `senses`
 
 Params = dict[str, Any]
 Batch = dict[str, jax.Array]
@@ -52,7 +52,7 @@ class InteractionModel(nnx.Module):
         D = model.d_model
         self.tokens = dense(rngs, (stream.vocab_size, D), ("vocab", "embed"), fan_in=4)
         self.slots = dense(rngs, (self.layout.slots, D), ("small", "embed"), fan_in=4)
-        # These tell words heard, seen and recalled apart; at first it is the same word, whichever way it came.
+        # These tell words heard, seen and recalled by either apart; at first a word is the same, whichever way it came.
         self.senses = dense(rngs, (SENSES, D), ("small", "embed"), fan_in=4)
         self.sense_scales = constant((SENSES, D), ("small", "embed"), 1.0)
         self.user_dmel = DmelEmbed(self.layout, D, rngs)
@@ -78,17 +78,17 @@ class InteractionModel(nnx.Module):
         return self._place(self.tokens[...][token_BTS], self.layout.inputs + slot)
 
     def embed_model_audio(
-        self, mel_BTFM: jax.Array, note_BTK: jax.Array, recalled_BT: jax.Array, mesh: Mesh | None = None
+        self, mel_BTFM: jax.Array, note_BTK: jax.Array, recalled_BTK: jax.Array, mesh: Mesh | None = None
     ) -> jax.Array:
-        """The notes (`notes_of`), and what the word heard brings back, are read with the last slot."""
+        """The notes (`notes_of`), and what they bring back, are read with the last slot."""
         x_BTSD = self.model_dmel(quantise(mel_BTFM), mesh)
-        last_BT1D = x_BTSD[:, :, -1:] + self.embed_notes(note_BTK, recalled_BT)[:, :, None]
+        last_BT1D = x_BTSD[:, :, -1:] + self.embed_notes(note_BTK, recalled_BTK)[:, :, None]
         x_BTSD = jnp.concatenate([x_BTSD[:, :, :-1], last_BT1D], axis=2)
         return self._place(x_BTSD, self.layout.inputs + self.layout.model_text)
 
-    def embed_notes(self, note_BTK: jax.Array, recalled_BT: jax.Array) -> jax.Array:
-        word_BTR = jnp.concatenate([note_BTK, recalled_BT[..., None]], axis=2)
-        sense_R = np.array([HEARD] + [SEEN] * SEEN_WORDS + [RECALLED])
+    def embed_notes(self, note_BTK: jax.Array, recalled_BTK: jax.Array) -> jax.Array:
+        word_BTR = jnp.concatenate([note_BTK, recalled_BTK], axis=2)
+        sense_R = np.array([HEARD] + [SEEN] * SEEN_WORDS + [RECALLED] + [MET] * SEEN_WORDS)
         sense_RD, scale_RD = self.senses[...][sense_R], self.sense_scales[...][sense_R]
         x_BTRD = self.tokens[...][word_BTR] * scale_RD[None, None] + sense_RD[None, None]
         return jnp.sum(jnp.where(is_word(word_BTR)[..., None], x_BTRD, 0), axis=2)
@@ -111,14 +111,14 @@ class InteractionModel(nnx.Module):
     @jax.named_scope("embed")
     def weave(self, batch: Batch, mesh: Mesh | None = None) -> tuple[jax.Array, jax.Array]:
         """All streams in the order of `Layout.positions`: ([B, P, D], present bool [B, P])."""
-        recalled_BT = spread(recalled_of(batch, self.model.window), mesh)  # it looks over all that a mesh may split
+        recalled_BTK = spread(recalled_of(batch, self.model.window), mesh)  # it looks over all that a mesh may split
         batch = spread(batch, mesh)
         B, T = batch["user_present"].shape
         streams = (
             self.embed_user_audio(batch["user_dmel"], mesh),
             self.embed_user_text(batch["user_text"]),
             self.embed_model_text(batch["model_text"]),
-            self.embed_model_audio(batch["model_mel"], notes_of(batch), recalled_BT, mesh),
+            self.embed_model_audio(batch["model_mel"], notes_of(batch), recalled_BTK, mesh),
         )
         present = (
             jnp.repeat(batch["user_present"][..., None], self.layout.user_audio, axis=2),
@@ -175,8 +175,8 @@ def notes_of(batch: Batch) -> jax.Array:
 
 
 def recalled_of(batch: Batch, window: int) -> jax.Array:
-    """int32 [B, T]: what the word heard in each micro-turn brings back."""
-    return recall_sequence(notes_of(batch)[..., 0], batch["model_text"], window)
+    """int32 [B, T, K]: what the notes of each micro-turn bring back."""
+    return recall_sequence(notes_of(batch), batch["model_text"], window)
 
 
 def quantise(mel: jax.Array) -> jax.Array:
