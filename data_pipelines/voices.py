@@ -1,9 +1,8 @@
 """Voices: text in, speech with word times out.
 
-espeak-ng comes as a shared library in the `espeakng-loader` wheel. It keeps global state from one utterance
-to the next (pitch flutter, roughness, echo, a random seed); our copies of its voice files switch those off
-and the seed is set each time, so that speech is a function of text and speaker alone. One process each: the
-library is not thread-safe.
+espeak-ng comes as a shared library in the `espeakng-loader` wheel. It keeps global state from one utterance to the
+next; our voice files (`tracts.py`) switch off what draws on it and the seed is set each time, so that speech is a
+function of text and speaker alone. One process each: the library is not thread-safe.
 """
 
 from __future__ import annotations

@@ -4,7 +4,10 @@
 
 Writes report.json, report.html (one file, opens anywhere) and fdb/, the same conversations in the folder layouts of
 Full-Duplex-Bench; those of a part of the test go to DIR/part, and do not replace those of the whole. Beside the model
-stand four systems that need none: always silent, always talking, a VAD timer, and an oracle.
+stand four systems that need none: always silent, always talking, a VAD timer, and an oracle. The test of another
+dataset than the model's own, which `launch.data` has built with the same flags, goes to DIR/NAME:
+
+    python -m launch.evaluate --workdir=DIR --config.data.name=NAME --config.data.seed=7 [--config.data.FIELD=VALUE ...]
 """
 
 from __future__ import annotations
@@ -47,6 +50,7 @@ from tmljax.train import metrics
 
 ALL = "all"
 PART = "part"  # of the workdir, for the report on a part of the test
+DATA = tuple(f"data.{field}" for field in ("root", "name", "seed", "train_hours", "test_per_family"))
 SPLIT = "test"
 
 
@@ -57,7 +61,7 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "output", None, "where the report goes; the workdir, or WORKDIR/part for a part of the test, by default"
     )
-    verb.define_serving()
+    verb.define_serving(DATA)
     flags.DEFINE_integer("sessions", 16, "sessions decoded at a time", lower_bound=1)
     flags.DEFINE_integer("fdb", None, "sessions of each family written to fdb/ at most; all by default", lower_bound=0)
     flags.DEFINE_string("pictures", None, "folder to write the report's timelines to as SVG files as well")
@@ -85,7 +89,7 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"{argv[1]!r} is not a flag; see --help")
     verb.refuse_file("output")
     given = {f.name: flags.FLAGS[f.name].value for f in dataclasses.fields(Options) if f.name in flags.FLAGS}
-    evaluate(Options(**given | {"overrides": verb.overrides()}))
+    evaluate(Options(**given | {"overrides": verb.overrides(DATA)}))
 
 
 def evaluate(options: Options) -> Report:
@@ -98,7 +102,7 @@ def evaluate(options: Options) -> Report:
     chosen, microturns = choose(split, options.suite, options.limit)
     make_folder(options.pictures)
     whole = sum(map(len, chosen.values())) == len(split)
-    output = Path(options.output or Path(options.workdir, "" if whole else PART))
+    output = place(options, engine.experiment.data.name, whole)
     writer = Writer(output / "fdb")
     begin = time.perf_counter()
     tallies = [Tally(report.MODEL), *(Tally(name) for name, _ in baselines(engine.layout, engine.tokenizer))]
@@ -124,6 +128,14 @@ def evaluate(options: Options) -> Report:
     print(report.to_text(made))
     print("wrote " + ", ".join(map(str, paths)) + f" and {writer.place}/")
     return made
+
+
+def place(options: Options, dataset: str, whole: bool) -> Path:
+    """Where a report goes. One of the model's whole own test is replaced by another such alone."""
+    if options.output:
+        return Path(options.output)
+    other = any(override.partition("=")[0] in set(DATA) - {"data.root"} for override in options.overrides)
+    return Path(options.workdir, dataset if other else "", "" if whole else PART)
 
 
 def make_folder(pictures: str | None) -> None:

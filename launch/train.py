@@ -20,7 +20,7 @@ from typing import TextIO
 from absl import flags
 
 from data_pipelines import builder, loader, manifest, recordings
-from data_pipelines.plan import shards
+from data_pipelines.plan import count_sessions
 from data_pipelines.words import choose_tokenizer, own_tokenizer
 from launch import BEGAN, verb
 from tmljax import checkpoint, cluster, pulse
@@ -72,7 +72,7 @@ def train_workdir(
     if bundle.is_export(workdir):
         raise UserError(f"--workdir={workdir} is an export, which training would destroy; name another folder")
     own_tokenizer(experiment)
-    shards(experiment)
+    count_sessions(experiment)  # refuses what the data cannot be of
     for recorded in manifest.recorded(experiment.data.recordings) if cluster.is_lead() else ():
         recordings.check(recorded, experiment)
     checkpoint.keep_config(workdir, experiment)  # what cannot be done has been refused, and leaves no trace

@@ -57,26 +57,26 @@ SERVING = (
 )
 
 
-def define_serving() -> None:
-    """--step, for `tmljax.checkpoint.choose_step`, and --config.FIELD=VALUE for `adapt`."""
+def define_serving(more: Sequence[str] = ()) -> None:
+    """--step, for `tmljax.checkpoint.choose_step`, and --config.FIELD=VALUE for `adapt`, of SERVING and `more`."""
     flags.DEFINE_string(
         "step",
         None,
         "checkpoint of the workdir: its step, or best for that of the lowest held-out loss; "
         "the newest complete one by default",
     )
-    flags.DEFINE_multi_string(
-        "config_field", [], f"or --config.FIELD=VALUE: otherwise than in training, one of {', '.join(SERVING)}"
-    )
+    free = ", ".join([*SERVING, *more])
+    flags.DEFINE_multi_string("config_field", [], f"or --config.FIELD=VALUE: otherwise than in training, one of {free}")
 
 
-def overrides() -> list[str]:
-    """The FIELD=VALUE flags of a serving verb. Raises UserError for a field that training fixed."""
+def overrides(more: Sequence[str] = ()) -> list[str]:
+    """The FIELD=VALUE flags of a serving verb, of SERVING and `more`. Raises UserError for what training fixed."""
+    free = [*SERVING, *more]
     for override in flags.FLAGS.config_field:
         field = override.partition("=")[0]
-        if field not in SERVING:
-            near = difflib.get_close_matches(field, SERVING, n=1)
-            hint = f"did you mean config.{near[0]}?" if near else f"what can be is {', '.join(SERVING)}"
+        if field not in free:
+            near = difflib.get_close_matches(field, free, n=1)
+            hint = f"did you mean config.{near[0]}?" if near else f"what can be is {', '.join(free)}"
             raise UserError(f"config.{field} cannot be set after training; {hint}")
     return flags.FLAGS.config_field
 

@@ -28,7 +28,7 @@ def compose(stage: Stage) -> Score:
     order, values = draw_filled(rng, stage.split, ORDERS, c=tuple(COLOURS), s=SHAPES)
     colour, shape = values["c"], values["s"]
     stage.turn(order)
-    stage.reply(f"looking for the {colour} {shape}", ())
+    stage.reply(f"looking for the {colour} {shape}", ())  # side by side: that is what the sight of both recalls
     period = MICROTURN_SECONDS * stage.stream.video_every
     quiet = stage.clock + 0.3  # since when nothing has been due
     stage.close(quiet)

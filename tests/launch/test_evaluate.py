@@ -1,6 +1,7 @@
 """The verb `evaluate`, from a checkpoint with random weights to its report; and what it refuses."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -51,7 +52,8 @@ def run(**given) -> int:
     evaluate.define_flags()
     own = set(flags.FLAGS) - before
     try:
-        return verb.run(evaluate.main, ["evaluate", *(f"--{name}={value}" for name, value in given.items())])
+        named = {name.replace("__", "."): value for name, value in given.items()}
+        return verb.run(evaluate.main, ["evaluate", *(f"--{name}={value}" for name, value in named.items())])
     finally:
         for name in own:
             delattr(flags.FLAGS, name)
@@ -100,6 +102,21 @@ def test_a_part_does_not_replace_the_whole(workdir):
     assert run(workdir=workdir, suite="interruption", limit=1, fdb=0) == 0
     assert whole.read_text() == before
     assert json.loads(part.read_text())["sessions"] == {"interruption": 1}
+
+
+def test_the_test_of_another_dataset_has_its_own_place(workdir, capsys):
+    trained = config.from_json((workdir / checkpoint.CONFIG).read_text())
+    other = {"name": "other", "seed": 7, "test_per_family": 3}
+    builder.build(replace(trained, data=replace(trained.data, **other)), progress=False, workers=1)
+    own = (workdir / "report.json").read_text() if (workdir / "report.json").exists() else None
+    given = {f"config__data__{name}": value for name, value in other.items()}
+    assert run(workdir=workdir, fdb=0, **given) == 0
+    tree = json.loads((workdir / "other/report.json").read_text())
+    assert tree["sessions"] == {"turn_taking": 3, "interruption": 3}
+    assert tree["config"]["data"]["seed"] == 7
+    assert own is None or own == (workdir / "report.json").read_text()
+    assert run(workdir=workdir, **given | {"config__data__seed": 8}) == 2
+    assert "was built with config.data.seed=7 (now 8)" in capsys.readouterr().err
 
 
 def test_refuses(workdir, tmp_path, capsys):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tmljax import config
-from tmljax.model.interaction import Definition
+from tmljax.model.interaction import Definition, recalled_of
 from tmljax.sharding import AXES, batch_sharding, make_mesh, param_shardings
 from tmljax.stream.microturn import ABSENT
 from tmljax.train import objective as objectives
@@ -45,6 +45,7 @@ def scatter(definition):
 
 @pytest.fixture(scope="module")
 def batch():
+    """In which words heard and seen bring something back, from other shards of `context` too."""
     rng = np.random.default_rng(0)
     typed = rng.integers(1, 9, (B, T, 1), dtype=np.int32)
     return {
@@ -60,6 +61,11 @@ def batch():
         "valid": np.arange(T)[None] < rng.integers(T // 2, T + 1, B)[:, None],
         "start": rng.integers(0, 50, B, dtype=np.int32) * 2,
     }
+
+
+def test_notes_bring_back_words_of_other_shards(batch):
+    near, all_of_it = (recalled_of(batch, window) != ABSENT for window in (T // 8, MODEL.window))
+    assert (near.sum(axis=(0, 1)) < all_of_it.sum(axis=(0, 1))).all()
 
 
 def run(params, batch, mesh=None, model=MODEL):

@@ -11,16 +11,19 @@ VOCAB = 9  # few words, so that they come again
 LONG = 99  # micro-turns; longer than any here
 
 
+NEITHER = [ABSENT, ABSENT]
+
+
 def recall_plainly(note_TK: np.ndarray, text_TS: np.ndarray, window: int) -> list[list[int]]:
     recalled = []
     for t, (heard, *seen) in enumerate(note_TK.tolist()):
-        after, word = {}, None
+        pairs, word = [], None
         for token in text_TS[max(t + 1 - window, 0) : t + 1].ravel().tolist():
             if token > HOLD and word is not None:
-                after[word] = token
+                pairs.append((word, token))
             word = word if token == HOLD else token if token > HOLD else None
-        from_heard, *from_seen = (after.get(note, ABSENT) if note > HOLD else ABSENT for note in (heard, *seen))
-        recalled.append([from_heard, *(word if word in seen else ABSENT for word in from_seen)])
+        shown = [(first, second) for first, second in pairs if second in seen]
+        recalled.append([dict(pairs).get(heard, ABSENT), *(dict(shown).get(word, ABSENT) for word in seen)])
     return recalled
 
 
@@ -31,7 +34,7 @@ def test_three_ways_recall_the_same(slots, window):
     note_BTK, text_BTS = rng.integers(0, VOCAB, (3, 40, NOTES)), rng.integers(1, VOCAB, (3, 40, slots))
     expected = np.array([recall_plainly(*one, window) for one in zip(note_BTK, text_BTS)])
     assert 0.1 < np.mean(expected[..., 0] != ABSENT) < 0.8
-    assert 0.02 < np.mean(expected[..., 1:] != ABSENT) < 0.3
+    assert 0.02 < np.mean(expected[..., 1:] != ABSENT) < 0.5
     np.testing.assert_array_equal(recall_sequence(jnp.array(note_BTK), jnp.array(text_BTS), window), expected)
     said_NX = jnp.full((3, window * slots), IDLE)
     for t in range(40):
@@ -58,19 +61,36 @@ def test_what_attention_sees_no_more_is_not_recalled():
 
 
 def test_a_word_of_several_tokens_brings_back_its_own_rest():
-    """A known limit: the first token of a word is followed by its second."""
+    """A known limit: the first token of a word is followed by its second, which is no note of a frame."""
     ti, ger, green = 4, 5, 6
     assert recall_one([ABSENT, ABSENT, ti, ger], [ti, ger, green, IDLE]) == [ABSENT, ABSENT, ger, green]
+    assert recall_seen([NEITHER] * 3 + [[ti, green]], jnp.array([[ti, ger, green, IDLE]])[..., None])[3] == NEITHER
 
 
 def test_of_what_is_seen_only_words_said_together_come_back():
     red, circle, square, blue, came = 4, 5, 6, 7, 8
     said = jnp.array([[red, circle, IDLE, blue, square, came]])[..., None]
     frames = [[ABSENT, ABSENT], [red, circle], [circle, red], [red, square], [square, blue], [blue, circle]]
+    assert recall_seen(frames, said) == [
+        NEITHER,
+        [circle, ABSENT],
+        [ABSENT, circle],
+        NEITHER,
+        [ABSENT, square],
+        NEITHER,
+    ]
+
+
+def test_a_later_word_for_something_else_hides_no_order():
+    red, circle, square = 4, 5, 6
+    said = jnp.array([[red, circle, IDLE, red, square]])[..., None]
+    frames = [NEITHER, [red, circle], [red, square], [red, circle], [red, square]]
+    assert recall_seen(frames, said) == [NEITHER, [circle, ABSENT], NEITHER, [circle, ABSENT], [square, ABSENT]]
+
+
+def recall_seen(frames: list[list[int]], said: jnp.ndarray) -> list[list[int]]:
     notes = jnp.array([[[ABSENT, *frame] for frame in frames]])
-    recalled = recall_sequence(notes, said, LONG)[0, :, 1:].tolist()
-    neither = [ABSENT, ABSENT]
-    assert recalled == [neither, [circle, ABSENT], [ABSENT, circle], neither, [ABSENT, square], neither]
+    return recall_sequence(notes, said, LONG)[0, :, 1:].tolist()
 
 
 def test_nothing_said_later_is_recalled():

@@ -76,11 +76,13 @@ def test_what_waits_is_added_and_the_rest_is_as_long_as_its_longest_part():
     ("name", "says"),
     [
         ("v5q:4x8x8", "did you mean v5p.* v5p:4x8x8"),
-        ("v5p:4x8", "v5p is 3 whole numbers from 1 on; known are v5p:2x2x1"),
+        ("v5p:4x8", "a shape of v5p is 3 whole numbers from 1 on; known are v5p:2x2x1"),
         ("h200:8", "h200 is 2 whole numbers"),
         ("v5p", "known are"),
         ("v5e:0x4", "known are"),
         ("h200:0x8", "h200 is 2 whole numbers from 1 on"),
+        ("v5p:1x4x1", "no slice of v5p has this shape"),
+        ("v5p:4x4x4000", "no slice of v5p has this shape"),
         ("v5p:3x7x5", "no slice of v5p has this shape; known are v5p:2x2x1"),
         ("v6e:3x4", "no slice of v6e has this shape"),
     ],
@@ -88,3 +90,8 @@ def test_what_waits_is_added_and_the_rest_is_as_long_as_its_longest_part():
 def test_an_unknown_topology_lists_those_known(name, says):
     with pytest.raises(config.UserError, match=says):
         find_slice(name)
+
+
+@pytest.mark.parametrize("name", ["v5p:2x2x2", "v5p:4x4x12", "v4:2x4x4", "tpu7x:8x8x8", "v5e:4x8", "b200:16x8"])
+def test_slices_that_are_made_are_taken(name):
+    assert find_slice(name).chips > 0

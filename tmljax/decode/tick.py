@@ -127,9 +127,8 @@ def listen(model: InteractionModel, state: TickState, inputs: TickInput) -> tupl
     left = 1 if layout.model_audio > 1 else 2
     token_N1D = model.embed_model_text(state.said_NX[:, None, -1:], slot=layout.model_text - 1)[:, 0]
     recalled_NK = recall_last(state.note_NK, state.said_NX)
-    speech_N1D = model.embed_model_audio(state.mel_NFM[:, None], state.note_NK[:, None], recalled_NK[:, None])[
-        :, 0, -1:
-    ]
+    speech_N1SD = model.embed_model_audio(state.mel_NFM[:, None], state.note_NK[:, None], recalled_NK[:, None])
+    speech_N1D = speech_N1SD[:, 0, -1:]
     x_NnD = jnp.concatenate(
         [
             *(token_N1D, speech_N1D)[-left:],

@@ -32,7 +32,7 @@ from tmljax.sharding import spread
 from tmljax.stream.dmel import BIN_WIDTH, LOG_LOW
 from tmljax.stream.microturn import ABSENT, BINS, SEEN_WORDS, Layout, is_word
 
-HEARD, SEEN, RECALLED, MET = range(SENSES := 4)  # rows of `senses`
+HEARD, SEEN, RECALLED_HEARD, RECALLED_SEEN = range(SENSES := 4)  # rows of `senses`
 
 Params = dict[str, Any]
 Batch = dict[str, jax.Array]
@@ -52,7 +52,7 @@ class InteractionModel(nnx.Module):
         D = model.d_model
         self.tokens = dense(rngs, (stream.vocab_size, D), ("vocab", "embed"), fan_in=4)
         self.slots = dense(rngs, (self.layout.slots, D), ("small", "embed"), fan_in=4)
-        # These tell words heard, seen and recalled by either apart; at first a word is the same, whichever way it came.
+        # These tell apart how a word came: heard, seen, or brought back by either; at first it is the same word.
         self.senses = dense(rngs, (SENSES, D), ("small", "embed"), fan_in=4)
         self.sense_scales = constant((SENSES, D), ("small", "embed"), 1.0)
         self.user_dmel = DmelEmbed(self.layout, D, rngs)
@@ -88,7 +88,7 @@ class InteractionModel(nnx.Module):
 
     def embed_notes(self, note_BTK: jax.Array, recalled_BTK: jax.Array) -> jax.Array:
         word_BTR = jnp.concatenate([note_BTK, recalled_BTK], axis=2)
-        sense_R = np.array([HEARD] + [SEEN] * SEEN_WORDS + [RECALLED] + [MET] * SEEN_WORDS)
+        sense_R = np.array([HEARD] + [SEEN] * SEEN_WORDS + [RECALLED_HEARD] + [RECALLED_SEEN] * SEEN_WORDS)
         sense_RD, scale_RD = self.senses[...][sense_R], self.sense_scales[...][sense_R]
         x_BTRD = self.tokens[...][word_BTR] * scale_RD[None, None] + sense_RD[None, None]
         return jnp.sum(jnp.where(is_word(word_BTR)[..., None], x_BTRD, 0), axis=2)

@@ -65,6 +65,10 @@ SHAPES = {
 }
 
 
+PARTS = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")  # of a cube of 4
+LARGEST = 9216  # chips of a pod, of the kinds whose torus has three dims
+
+
 @dataclass(frozen=True)
 class Slice:
     """A topology by name. `shape` of a TPU slice is its torus in chips, of GPUs (nodes, GPUs in a node)."""
@@ -99,7 +103,7 @@ def find_slice(name: str) -> Slice:
     dims = chip.dims if chip.kind == "tpu" else 2
     if not all(size.isdecimal() and int(size) for size in sizes) or len(sizes) != dims:
         raise UserError(
-            f"--topology={name}: the shape of {kind} is {dims} whole numbers from 1 on; known are {known(kind)}"
+            f"--topology={name}: a shape of {kind} is {dims} whole numbers from 1 on; known are {known(kind)}"
         )
     shape = tuple(map(int, sizes))
     if chip.kind == "tpu" and not is_made(chip, shape):
@@ -108,10 +112,13 @@ def find_slice(name: str) -> Slice:
 
 
 def is_made(chip: Chip, shape: tuple[int, ...]) -> bool:
-    """Whether slices come in this shape: tori of three dims are built of cubes of 4, or are a part of one."""
-    if chip.dims == 2:
-        return "x".join(map(str, shape)) in SHAPES[chip.name]
-    return all(size % 4 == 0 for size in shape) or all(size in (1, 2, 4) for size in shape)
+    """Whether slices come in this shape: tori of three dims are built of cubes of 4, sizes in order, or are a part of
+    one (cloud.google.com/tpu/docs/v5p)."""
+    name = "x".join(map(str, shape))
+    if name in SHAPES[chip.name] or chip.dims == 2:
+        return name in SHAPES[chip.name]
+    whole = all(size % 4 == 0 for size in shape) and list(shape) == sorted(shape)
+    return name in PARTS or (whole and math.prod(shape) <= LARGEST)
 
 
 def known(kind: str | None = None) -> str:
