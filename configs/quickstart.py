@@ -19,19 +19,19 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.test_per_family = 24
     # When to speak comes before what to say at a cue: of cues there are fewer than by default.
     config.data.mixture = {
-        "turn_taking": 0.23,
+        "turn_taking": 0.27,
         "pause": 0.12,
-        "self_correction": 0.06,
+        "self_correction": 0.05,
         "interruption": 0.07,
         "user_backchannel": 0.05,
-        "model_backchannel": 0.04,
+        "model_backchannel": 0.03,
         "verbal_cue": 0.10,
-        "no_answer": 0.18,
+        "no_answer": 0.16,
         "visual_cue": 0.09,
         "visual_question": 0.03,
         "typed_text": 0.03,
     }
-    config.train.steps = 840
+    config.train.steps = 880
     config.optimizer.warmup = 80
     config.train.save_every = 100
     config.train.eval_every = 100
