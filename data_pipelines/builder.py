@@ -192,23 +192,32 @@ def _is_done(home: Path) -> bool:
 
 def _claim(home: Path, experiment: Experiment) -> None:
     """Marks the folder as this config's, or raises UserError naming the fields in which it differs."""
-    path, wanted = home / "build.json", identity(experiment)
-    if path.exists():
-        found = json.loads(path.read_text())
-        differing = [name for name in wanted if found.get(name) != wanted[name]]
-        if differing:
-            fields = ", ".join(
-                "another version of the generator"
-                if name == "generator"
-                else f"config.{name}={found.get(name)!r} (now {wanted[name]!r})"
-                for name in differing
-            )
-            raise UserError(f"{home} was built with {fields}; choose another config.data.name or delete that folder")
+    if refuse_another(experiment):
         return
     if home.exists() and any(not file.name.startswith("build.json.") for file in home.iterdir()):
         raise UserError(f"{home} is no dataset of ours and not empty; choose another config.data.name")
     home.mkdir(parents=True, exist_ok=True)
-    files.write_text(path, json.dumps(wanted, indent=2) + "\n")
+    files.write_text(home / "build.json", json.dumps(identity(experiment), indent=2) + "\n")
+
+
+def refuse_another(experiment: Experiment) -> bool:
+    """Whether root/name is this config's. Raises UserError naming the fields in which it differs where it is not."""
+    home, wanted = folder(experiment), identity(experiment)
+    path = home / "build.json"
+    if not path.exists():
+        return False
+    found = json.loads(path.read_text())
+    differing = [name for name in wanted if found.get(name) != wanted[name]]
+    if differing:
+        fields = ", ".join(
+            "another version of the generator"
+            if name == "generator"
+            else f"config.{name}={found.get(name)!r} (now {wanted[name]!r})"
+            for name in differing
+        )
+        remedy = "choose another config.data.name, or that of the dataset that is meant, or delete that folder"
+        raise UserError(f"{home} was built with {fields}; {remedy}")
+    return True
 
 
 def cores() -> int:

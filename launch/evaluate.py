@@ -4,10 +4,12 @@
 
 Writes report.json, report.html (one file, opens anywhere) and fdb/, the same conversations in the folder layouts of
 Full-Duplex-Bench; those of a part of the test go to DIR/part, and do not replace those of the whole. Beside the model
-stand four systems that need none: always silent, always talking, a VAD timer, and an oracle. The test of another
-dataset than the model's own, which `launch.data` has built with the same flags, goes to DIR/NAME:
+stand four systems that need none: always silent, always talking, a VAD timer, and an oracle.
 
-    python -m launch.evaluate --workdir=DIR --config.data.name=NAME --config.data.seed=7 [--config.data.FIELD=VALUE ...]
+The report on another dataset of the same mixture, which `launch.data` has built, goes to DIR/datasets/NAME. It takes
+the flags that the dataset was built with, of root, name, seed, train_hours and test_per_family:
+
+    python -m launch.evaluate --workdir=DIR --config.data.name=NAME --config.data.seed=7
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from tqdm import tqdm
 from data_pipelines.builder import open_split
 from launch import verb
 from tmljax import cluster
-from tmljax.config import UserError, to_json
+from tmljax.config import Data, UserError, to_json
 from tmljax.decode.engine import Engine
 from tmljax.decode.program import engine_from_workdir
 from tmljax.decode.session import SessionInput, converse
@@ -50,6 +52,7 @@ from tmljax.train import metrics
 
 ALL = "all"
 PART = "part"  # of the workdir, for the report on a part of the test
+DATASETS = "datasets"  # of the workdir, for those on other datasets than the model's own
 DATA = tuple(f"data.{field}" for field in ("root", "name", "seed", "train_hours", "test_per_family"))
 SPLIT = "test"
 
@@ -96,13 +99,15 @@ def evaluate(options: Options) -> Report:
     """The verb. Raises UserError for bad input before any work is done."""
     references = read_references(options.icc)
     cluster.enable_compile_cache()
-    adapt = partial(verb.adapt, overrides=options.overrides)
+    of_data = [override for override in options.overrides if override.partition("=")[0] in DATA]
+    adapt = partial(verb.adapt, overrides=[override for override in options.overrides if override not in of_data])
     engine = engine_from_workdir(options.workdir, options.sessions, options.step, adapt)
-    split = open_split(engine.experiment, SPLIT)
+    tested = verb.adapt(engine.experiment, of_data).data
+    split = open_split(dataclasses.replace(engine.experiment, data=tested), SPLIT)
     chosen, microturns = choose(split, options.suite, options.limit)
     make_folder(options.pictures)
     whole = sum(map(len, chosen.values())) == len(split)
-    output = place(options, engine.experiment.data.name, whole)
+    output = place(options, engine.experiment.data, tested, whole)
     writer = Writer(output / "fdb")
     begin = time.perf_counter()
     tallies = [Tally(report.MODEL), *(Tally(name) for name, _ in baselines(engine.layout, engine.tokenizer))]
@@ -116,7 +121,7 @@ def evaluate(options: Options) -> Report:
     made = report.make(
         f"{engine.name}, step {engine.step:,}",
         tallies,
-        facts=describe(engine, microturns, time.perf_counter() - begin),
+        facts=describe(engine, tested, microturns, time.perf_counter() - begin),
         config=json.loads(to_json(engine.experiment)),
         sessions={family: len(indices) for family, indices in chosen.items()},
         training=metrics.read_rows(Path(options.workdir) / metrics.FILE),
@@ -130,12 +135,12 @@ def evaluate(options: Options) -> Report:
     return made
 
 
-def place(options: Options, dataset: str, whole: bool) -> Path:
+def place(options: Options, trained: Data, tested: Data, whole: bool) -> Path:
     """Where a report goes. One of the model's whole own test is replaced by another such alone."""
     if options.output:
         return Path(options.output)
-    other = any(override.partition("=")[0] in set(DATA) - {"data.root"} for override in options.overrides)
-    return Path(options.workdir, dataset if other else "", "" if whole else PART)
+    own = dataclasses.replace(tested, root=trained.root) == trained
+    return Path(options.workdir, "" if own else Path(DATASETS, tested.name), "" if whole else PART)
 
 
 def make_folder(pictures: str | None) -> None:
@@ -258,7 +263,7 @@ def assign(
     return {s.id: references[k if k < len(references) else 0] for k, s in enumerate(sessions)}
 
 
-def describe(engine: Engine, microturns: int, seconds: float) -> dict[str, str]:
+def describe(engine: Engine, tested: Data, microturns: int, seconds: float) -> dict[str, str]:
     """The facts at the top of the report."""
     experiment = engine.experiment
     leaves = jax.tree.leaves(Definition(experiment.stream, experiment.model).abstract())
@@ -274,7 +279,8 @@ def describe(engine: Engine, microturns: int, seconds: float) -> dict[str, str]:
         "trained on": f"{experiment.data.train_hours:g} h of synthetic conversation"
         + (" and recordings" if experiment.data.recordings else ""),
         "training steps": f"{engine.step:,} × {experiment.data.batch} examples",
-        "evaluated on": f"{spoken / 60:.0f} min of conversation, clean runs included",
+        "evaluated on": f"{spoken / 60:.3g} min of conversation, clean runs included",
+        "test of": f"dataset {tested.name}, seed {tested.seed}",
         "evaluation took": f"{seconds / 60:.1f} min, {engine.sessions} sessions at a time",
         "device": jax.devices()[0].device_kind,
         "date": datetime.date.today().isoformat(),

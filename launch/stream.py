@@ -121,7 +121,7 @@ def check_writable(path: str | None, input_path: str) -> None:
         raise UserError("a file to write has an empty name; see --help")
     folder = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(folder):
-        raise UserError(f"cannot write {path}: the folder {folder} does not exist")
+        raise UserError(f"cannot write {path}: there is no folder {folder}")
     if not os.access(folder, os.W_OK):
         raise UserError(f"cannot write {path}: nothing may be written to {folder}")
     if os.path.exists(path) and not os.path.isfile(path):

@@ -73,6 +73,7 @@ def train_workdir(
         raise UserError(f"--workdir={workdir} is an export, which training would destroy; name another folder")
     own_tokenizer(experiment)
     count_sessions(experiment)  # refuses what the data cannot be of
+    builder.refuse_another(experiment)
     for recorded in manifest.recorded(experiment.data.recordings) if cluster.is_lead() else ():
         recordings.check(recorded, experiment)
     checkpoint.keep_config(workdir, experiment)  # what cannot be done has been refused, and leaves no trace

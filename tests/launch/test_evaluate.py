@@ -111,9 +111,10 @@ def test_the_test_of_another_dataset_has_its_own_place(workdir, capsys):
     own = (workdir / "report.json").read_text() if (workdir / "report.json").exists() else None
     given = {f"config__data__{name}": value for name, value in other.items()}
     assert run(workdir=workdir, fdb=0, **given) == 0
-    tree = json.loads((workdir / "other/report.json").read_text())
+    tree = json.loads((workdir / "datasets/other/report.json").read_text())
     assert tree["sessions"] == {"turn_taking": 3, "interruption": 3}
-    assert tree["config"]["data"]["seed"] == 7
+    assert tree["config"]["data"]["seed"] == trained.data.seed
+    assert tree["facts"]["test of"] == "dataset other, seed 7"
     assert own is None or own == (workdir / "report.json").read_text()
     assert run(workdir=workdir, **given | {"config__data__seed": 8}) == 2
     assert "was built with config.data.seed=7 (now 8)" in capsys.readouterr().err

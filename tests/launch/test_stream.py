@@ -229,7 +229,7 @@ def expect_one_line(capsys, *parts: str) -> None:
     [
         ({"workdir": "nowhere"}, ["nowhere", "not a directory"]),
         ({"workdir": "."}, ["holds no checkpoint"]),
-        ({"output": "no/such/folder/out.wav"}, ["no/such/folder", "does not exist"]),
+        ({"output": "no/such/folder/out.wav"}, ["no/such/folder", "there is no folder"]),
         ({"output": "in.wav"}, ["is the input too"]),
         ({"json": "in.wav"}, ["is the input too"]),
         ({"json": "./out.wav"}, ["--json and --output both name out.wav"]),

@@ -172,6 +172,8 @@ def test_what_is_refused_leaves_no_trace(verb, tmp_path):
     assert (code, "cannot read the recordings manifest nowhere.jsonl" in heard) == (2, True), heard
     code, heard = verb.run(tmp_path / "new", "--config.data.mixture={'turn_takng': 1}")
     assert (code, "did you mean turn_taking" in heard) == (2, True), heard
+    code, heard = verb.run(tmp_path / "new", "--config.data.seed=77")
+    assert (code, "was built with config.data.seed=" in heard) == (2, True), heard
     (tmp_path / "export").mkdir()
     (tmp_path / "export/manifest.json").write_text(json.dumps({"format": FORMAT}))
     code, heard = verb.run(tmp_path / "export")
