@@ -1,6 +1,6 @@
 """Vocal tracts: which there are, who of them speaks in which split, and the voice file that espeak-ng reads for each.
 
-Of espeak-ng's hundred voice files 45 sound like people. A test and a validation need their own; training has 96 more
+Of espeak-ng's hundred voice files 45 are used. A test and a validation need their own; training has 96 more
 beside what is left for it, drawn at random around those: people of any size, from a long adult tract to a child's.
 """
 

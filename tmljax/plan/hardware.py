@@ -115,10 +115,10 @@ def is_made(chip: Chip, shape: tuple[int, ...]) -> bool:
     """Whether slices come in this shape: tori of three dims are built of cubes of 4, sizes in order, or are a part of
     one (cloud.google.com/tpu/docs/v5p)."""
     name = "x".join(map(str, shape))
-    if name in SHAPES[chip.name] or chip.dims == 2:
+    if chip.dims == 2:
         return name in SHAPES[chip.name]
-    whole = all(size % 4 == 0 for size in shape) and list(shape) == sorted(shape)
-    return name in PARTS or (whole and math.prod(shape) <= LARGEST)
+    of_cubes = all(size % 4 == 0 for size in shape) and list(shape) == sorted(shape) and math.prod(shape) <= LARGEST
+    return name in PARTS or of_cubes
 
 
 def known(kind: str | None = None) -> str:
