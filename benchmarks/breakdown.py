@@ -31,7 +31,7 @@ from absl import flags
 from data_pipelines import builder, loader
 from data_pipelines.words import choose_tokenizer
 from launch import verb
-from tmljax import cluster
+from tmljax import pages
 from tmljax.config import Experiment, UserError
 from tmljax.model.interaction import Definition, count
 from tmljax.sharding import batch_sharding, make_mesh
@@ -56,7 +56,6 @@ def define_flags() -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    cluster.keep_memory()
     # Else XLA:GPU hides the operations of a step in a few graphs. What the user sets comes later and wins.
     os.environ["XLA_FLAGS"] = "--xla_gpu_enable_command_buffer= " + os.environ.get("XLA_FLAGS", "")
     experiment = verb.experiment()
@@ -165,5 +164,6 @@ def add_up(durations: Iterator[tuple[str, float]], scopes: dict[str, str]) -> di
 
 
 if __name__ == "__main__":
+    pages.ask_for_huge_pages()
     define_flags()
     sys.exit(verb.run(main))

@@ -9,7 +9,8 @@ both with capacity factor 1.25 (MaxText's dropless path fails there on a CPU).
 
 What differs: our attention has QK-norm and a learned sink, our router is a sigmoid with a balancing bias, our rotary
 position counts 16 tokens as one; MaxText scans its layers and recomputes activations ("minimal"), ours keeps them, and
-warms up over a tenth of its steps where ours takes two. MaxText does not say how many tokens it drops.
+warms up over a tenth of its steps where ours takes two; our trainer asks malloc for huge pages, which both get under
+GLIBC_TUNABLES=glibc.malloc.hugetlb=1. MaxText does not say how many tokens it drops.
 
 The peer needs an environment of its own and is left out without it:
 
@@ -33,6 +34,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+from tmljax.pages import with_huge_pages
 
 BEGAN = time.perf_counter()
 BATCH, LENGTH, VOCABULARY, CAPACITY = 8, 512, 1024, 1.25
@@ -77,7 +80,9 @@ def main() -> int:
 
 def compare(case: str, steps: int) -> None:
     command = [sys.executable, "-m", "benchmarks.maxtext_compare", f"--ours={case}", f"--steps={steps}"]
-    done = subprocess.run(command, env=environment(case), stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(
+        command, env=with_huge_pages(environment(case)), stdout=subprocess.PIPE, text=True, check=True
+    )
     ours = json.loads(done.stdout.splitlines()[-1])
     print(json.dumps(ours), flush=True)
     root = Path(os.environ.get("PEERS_DIR", "~/.cache/tmljax-peers")).expanduser()
@@ -111,9 +116,6 @@ def describe(seconds: list[float], first: float, parameters: float) -> dict:
 
 
 def measure_ours(case: str, steps: int) -> dict:
-    from tmljax import cluster
-
-    cluster.keep_memory()
     import jax
     import numpy as np
 
@@ -124,7 +126,7 @@ def measure_ours(case: str, steps: int) -> dict:
     from tmljax.train.state import create_state
     from tmljax.train.step import make_program
 
-    moe = Moe(experts=8, top_k=2, expert_width=512, shared_width=0, capacity_factor=CAPACITY)
+    moe = Moe(experts=8, top_k=2, expert_width=512, shared_width=0, capacity_factor=CAPACITY, block_rows=128)
     experiment = Experiment(
         stream=Stream(vocab_size=VOCABULARY),
         model=Model(d_model=256, layers=4, heads=8, kv_heads=8, head_dim=32, window=LENGTH, moe=moe),

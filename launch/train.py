@@ -63,7 +63,6 @@ def train_workdir(
     The time of the run is counted from the Unix time `began`, by default now.
     """
     began = time.time() if began is None else began
-    cluster.keep_memory()
     cluster.initialize()
     cluster.enable_compile_cache()
     mesh = make_mesh(experiment.mesh)

@@ -15,6 +15,7 @@ LAYERS = {
     "tmljax.sharding": 0,
     "tmljax.cluster": 0,
     "tmljax.fingerprint": 0,
+    "tmljax.pages": 0,
     "tmljax.pulse": 0,
     "tmljax.files": 0,
     "tmljax.quiet": 0,

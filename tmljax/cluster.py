@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import os
 import signal
@@ -118,22 +117,6 @@ def enable_compile_cache() -> None:
     """Compiled programs outlive the process, in ~/.cache/tmljax/xla or below $TMLJAX_CACHE."""
     jax.config.update("jax_compilation_cache_dir", os.path.join(cache_folder(), "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
-# Of glibc's mallopt: no memory of its own for a large block, none given back, one pool for all threads.
-_M_MMAP_MAX, _M_TRIM_THRESHOLD, _M_ARENA_MAX = -4, -1, -8
-
-
-def keep_memory() -> None:
-    """Keeps what a step on the CPU needs until the next one; call before anything starts threads.
-
-    XLA:CPU asks malloc for a step's temporaries and frees them at its end. By default they go back to the system,
-    which hands them out again page by page, zeroed: a tenth of the demo model's training step.
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # glibc's
-        for option, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_ARENA_MAX, 1)):
-            libc.mallopt(option, value)
 
 
 # Without these libtpu lets every collective along a mesh axis stand still for itself. Gathers go beneath products; sums

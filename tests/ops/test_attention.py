@@ -1,5 +1,7 @@
 """Attention in blocks against attention at once, forward and backward."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,7 +39,9 @@ def example(slots_of_turns: list[int], window: int):
 
 
 @pytest.mark.parametrize(("block", "window"), [(1, 2), (1, 5), (3, 2), (3, 5), (3, 50), (50, 5)])
-@pytest.mark.parametrize("how", [forgetful, attend_one_by_one], ids=["together", "one by one"])
+@pytest.mark.parametrize(
+    "how", [partial(attend_in_blocks, attend=forgetful), attend_one_by_one], ids=["together", "one by one"]
+)
 def test_blocks_equal_the_whole(block, window, how):
     q, k, v, sink, turn_P, slot_P, time_BP, present_BP = example([4, 2, 2] * 3, window)
     blocks = query_blocks(turn_P, block, window)
@@ -46,13 +50,13 @@ def test_blocks_equal_the_whole(block, window, how):
     mix = jax.random.normal(jax.random.key(9), q.shape)
 
     def in_blocks(q, k, v, sink):
-        return jnp.sum(mix * attend_in_blocks(q, k, v, blocks, masks, sink, how))
+        return jnp.sum(mix * how(q, k, v, blocks, masks, sink))
 
     def at_once(q, k, v, sink):
         return jnp.sum(mix * attend(q, k, v, whole, sink))
 
     np.testing.assert_allclose(
-        attend_in_blocks(q, k, v, blocks, masks, sink, how),
+        how(q, k, v, blocks, masks, sink),
         dense(q, k, v, np.asarray(whole), sink),
         rtol=1e-4,
         atol=1e-5,
@@ -66,7 +70,8 @@ def test_blocks_equal_the_whole(block, window, how):
 @pytest.mark.parametrize("pattern", ["all", "causal", "itself", "some", "none"])
 @pytest.mark.parametrize(("dtype", "error"), [(jnp.float32, 1e-5), (jnp.bfloat16, 3e-2)])
 def test_the_backward_pass_by_hand_equals_the_derived_one(kv_heads, pattern, dtype, error):
-    """That of the sinks too, and of queries that see nothing but the sink."""
+    """That of the sinks too, and of queries that see nothing but the sink; in blocks that share keys."""
+    blocks = [(slice(0, 5), slice(0, 12)), (slice(5, 12), slice(0, 12))]
     P, keys = 12, jax.random.split(jax.random.key(1), 6)
     q, k, v, mix = (jax.random.normal(x, (B, P, n, h)) for x, n in zip(keys, (H, kv_heads, kv_heads, H)))
     sink = 2 * jax.random.normal(keys[4], (H,))
@@ -80,7 +85,7 @@ def test_the_backward_pass_by_hand_equals_the_derived_one(kv_heads, pattern, dty
 
     def by_hand(q, k, v, sink):
         narrow = (x.astype(dtype) for x in (q, k, v))
-        return attend_one_by_one(*narrow, visible, sink).astype(jnp.float32)
+        return attend_one_by_one(*narrow, blocks, [visible[:, a, b] for a, b in blocks], sink).astype(jnp.float32)
 
     def derived(q, k, v, sink):
         return attend(q, k, v, visible, sink)

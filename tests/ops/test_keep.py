@@ -1,5 +1,6 @@
 """remat="dots" makes no product again that a kernel or a loop gave, nor attention."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 
 from tmljax.model.trunk import REMAT
 from tmljax.ops import experts
-from tmljax.ops.attention import forgetful, in_blocks
+from tmljax.ops.attention import attend_in_blocks, forgetful, in_blocks
 from tmljax.ops.experts import Experts
 from tmljax.ops.splash import through_splash
 
@@ -51,7 +52,10 @@ def test_products_of_experts(product, operation):
 
 @pytest.mark.parametrize(
     ("plan", "operation", "found"),
-    [(through_splash(interpret=True), "pallas_call", [3, 3, 4]), (in_blocks(16, forgetful), "exp", [8, 8, 12])],
+    [
+        (through_splash(interpret=True), "pallas_call", [3, 3, 4]),
+        (in_blocks(16, partial(attend_in_blocks, attend=forgetful)), "exp", [8, 8, 12]),
+    ],
     ids=["splash", "blocks"],
 )
 def test_attention(plan, operation, found):

@@ -3,6 +3,8 @@
 Legend: B batch, P positions, D d_model, L layers, N sessions, n new positions.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +15,7 @@ from tmljax import config
 from tmljax.model import cache
 from tmljax.model.block import Block, MoeReport
 from tmljax.model.params import constant
-from tmljax.ops.attention import Plan, attend, attend_one_by_one, forgetful, in_blocks, see
+from tmljax.ops.attention import Plan, attend, attend_in_blocks, attend_one_by_one, forgetful, in_blocks, see
 from tmljax.ops.context import make_look
 from tmljax.ops.keep import PRODUCT
 from tmljax.ops.norm import rms_norm
@@ -47,7 +49,7 @@ def choose_attention(model: config.Model, mesh: Mesh | None) -> Plan:
         return through_splash()
     if platform(mesh) == "cpu":
         return in_blocks(QUERY_TURNS, attend_one_by_one)
-    return in_blocks(QUERY_TURNS, attend if model.remat == "none" else forgetful)
+    return in_blocks(QUERY_TURNS, partial(attend_in_blocks, attend=attend if model.remat == "none" else forgetful))
 
 
 class Trunk(nnx.Module):

@@ -16,8 +16,6 @@ import numpy as np
 
 from tmljax.ops.keep import keep
 
-Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]  # as `attend` below
-
 
 class Sight(NamedTuple):
     """How positions attend to the Q keys at hand, of which the last are their own."""
@@ -27,6 +25,9 @@ class Sight(NamedTuple):
 
 
 Plan = Callable[[np.ndarray, np.ndarray, int, int], Sight]  # (micro-turns [Q], slots [Q], how many are own, window)
+
+Blocks = Sequence[tuple[slice, slice]]  # queries, and the keys that they could see
+AttendInBlocks = Callable[..., jax.Array]  # as `attend_in_blocks` below
 
 HIDDEN = -1e30  # a masked logit; finite, so that a row without keys stays finite
 
@@ -52,68 +53,115 @@ def attend(
 forgetful = jax.checkpoint(attend)  # scores are made again in the backward pass
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
 def attend_one_by_one(
-    q_BPHh: jax.Array, k_BQKh: jax.Array, v_BQKh: jax.Array, visible_BPQ: jax.Array, sink_H: jax.Array
+    q_BPHh: jax.Array,
+    k_BQKh: jax.Array,
+    v_BQKh: jax.Array,
+    blocks: Blocks,
+    masks: Sequence[jax.Array],
+    sink_H: jax.Array,
 ) -> jax.Array:
-    """`attend` for training on a CPU: example by example, so that scores stay in the cache."""
-    return jax.lax.map(lambda own: attend_example(*own, sink_H), (q_BPHh, k_BQKh, v_BQKh, visible_BPQ))
-
-
-@jax.custom_vjp
-def attend_example(
-    q_PHh: jax.Array, k_QKh: jax.Array, v_QKh: jax.Array, visible_PQ: jax.Array, sink_H: jax.Array
-) -> jax.Array:
-    """`attend` of one example, whose backward pass makes the scores again (arXiv 2205.14135).
+    """`attend_in_blocks` for training on a CPU: example by example, so that a block's scores stay in the cache, and the
+    backward pass makes them again (arXiv 2205.14135).
 
     Whatever is as large as the scores is laid so that no matrix product turns it over: XLA:CPU takes four times as
     long for one that does.
     """
-    return _attend_forward(q_PHh, k_QKh, v_QKh, visible_PQ, sink_H)[0]
+    return _attend_forward(q_BPHh, k_BQKh, v_BQKh, blocks, masks, sink_H)[0]
 
 
-def _attend_forward(q_PHh, k_QKh, v_QKh, visible_PQ, sink_H):
-    (P, H, h), (Q, K, _) = q_PHh.shape, k_QKh.shape
-    q_KRh, k_KQh, v_KQh = by_kv_head(q_PHh * h**-0.5, K), by_kv_head(k_QKh, K), by_kv_head(v_QKh, K)
-    logit_KRQ = jnp.einsum("KRh,KQh->KRQ", q_KRh, k_KQh, preferred_element_type=jnp.float32)
-    logit_KGPQ = jnp.where(visible_PQ, logit_KRQ.reshape(K, H // K, P, Q), HIDDEN)
+def _attend_forward(q_BPHh, k_BQKh, v_BQKh, blocks, masks, sink_H):
+    H, K = q_BPHh.shape[2], k_BQKh.shape[2]
     sink_KG1 = sink_H.astype(jnp.float32).reshape(K, H // K, 1)
+
+    def one_example(own):
+        q_PHh, k_QKh, v_QKh, masks = own
+        q_KGPh, (k_KQh, v_KQh) = scaled_by_kv_head(q_PHh, K), (x.transpose(1, 0, 2) for x in (k_QKh, v_QKh))
+        parts = [
+            mix_block(q_KGPh[:, :, queries], k_KQh[:, keys], v_KQh[:, keys], visible_PQ, sink_KG1)
+            for (queries, keys), visible_PQ in zip(blocks, masks, strict=True)
+        ]
+        out_KGPh, lse_KGP = (jnp.concatenate(x, axis=2) for x in zip(*parts, strict=True))
+        return by_position(out_KGPh), lse_KGP
+
+    out_BPHh, lse_BKGP = jax.lax.map(one_example, (q_BPHh, k_BQKh, v_BQKh, masks))
+    return out_BPHh, (q_BPHh, k_BQKh, v_BQKh, masks, sink_H, out_BPHh, lse_BKGP)
+
+
+def mix_block(q_KGPh, k_KQh, v_KQh, visible_PQ, sink_KG1):
+    """Values mixed, and the logarithm of what the softmax divides by, sink included [K, G, P]; q is scaled."""
+    K, G, P, h = q_KGPh.shape
+    logit_KRQ = jnp.einsum("KRh,KQh->KRQ", q_KGPh.reshape(K, -1, h), k_KQh, preferred_element_type=jnp.float32)
+    logit_KGPQ = jnp.where(visible_PQ, logit_KRQ.reshape(K, G, P, -1), HIDDEN)
     top_KGP = jnp.maximum(jnp.max(logit_KGPQ, axis=-1), sink_KG1)
     weight_KGPQ = jnp.exp(logit_KGPQ - top_KGP[..., None])
     total_KGP = jnp.sum(weight_KGPQ, axis=-1) + jnp.exp(sink_KG1 - top_KGP)
     out_KRh = jnp.einsum("KRQ,KQh->KRh", weight_KGPQ.astype(v_KQh.dtype).reshape(logit_KRQ.shape), v_KQh)
-    out_KGPh = out_KRh.reshape(K, H // K, P, h) / total_KGP[..., None].astype(v_KQh.dtype)
-    out_PHh = out_KGPh.transpose(2, 0, 1, 3).reshape(P, H, h)
-    return out_PHh, (q_PHh, k_QKh, v_QKh, visible_PQ, sink_H, out_PHh, top_KGP + jnp.log(total_KGP))
+    return out_KRh.reshape(q_KGPh.shape) / total_KGP[..., None].astype(v_KQh.dtype), top_KGP + jnp.log(total_KGP)
 
 
-def _attend_backward(saved, d_PHh):
-    q_PHh, k_QKh, v_QKh, visible_PQ, sink_H, out_PHh, lse_KGP = saved
-    (P, H, h), (Q, K, _) = q_PHh.shape, k_QKh.shape
-    q_KRh, d_KRh, k_KQh, v_KQh = (by_kv_head(x, K) for x in (q_PHh * h**-0.5, d_PHh, k_QKh, v_QKh))
-    mean_PH = jnp.sum(d_PHh.astype(jnp.float32) * out_PHh.astype(jnp.float32), axis=-1)
-    mean_KGP = mean_PH.T.reshape(lse_KGP.shape)
+def _attend_backward(blocks, saved, d_BPHh):
+    q_BPHh, k_BQKh, v_BQKh, masks, sink_H, out_BPHh, lse_BKGP = saved
+    K = k_BQKh.shape[2]
+
+    def one_example(own):
+        q_PHh, k_QKh, v_QKh, masks, out_PHh, lse_KGP, d_PHh = own
+        q_KGPh, d_KGPh = scaled_by_kv_head(q_PHh, K), by_kv_head(d_PHh, K)
+        k_KQh, v_KQh = (x.transpose(1, 0, 2) for x in (k_QKh, v_QKh))
+        mean_PH = jnp.sum(d_PHh.astype(jnp.float32) * out_PHh.astype(jnp.float32), axis=-1)
+        mean_KGP = mean_PH.T.reshape(lse_KGP.shape)
+        dq, dk_KQh, dv_KQh = [], jnp.zeros_like(k_KQh), jnp.zeros_like(v_KQh)
+        for (queries, keys), visible_PQ in zip(blocks, masks, strict=True):
+            own_rows = (x[:, :, queries] for x in (q_KGPh, d_KGPh, mean_KGP, lse_KGP))
+            dq_KhGP, dk, dv = unmix_block(*own_rows, k_KQh[:, keys], v_KQh[:, keys], visible_PQ)
+            dq.append(dq_KhGP)
+            dk_KQh = dk_KQh.at[:, keys].set(dk_KQh[:, keys] + dk)
+            dv_KQh = dv_KQh.at[:, keys].set(dv_KQh[:, keys] + dv)
+        dq_KhGP = jnp.concatenate(dq, axis=3) * q_PHh.shape[2] ** -0.5
+        dq_PHh = dq_KhGP.transpose(3, 0, 2, 1).reshape(q_PHh.shape)
+        return dq_PHh, dk_KQh.transpose(1, 0, 2), dv_KQh.transpose(1, 0, 2), mean_KGP
+
+    dq_BPHh, dk_BQKh, dv_BQKh, mean_BKGP = jax.lax.map(
+        one_example, (q_BPHh, k_BQKh, v_BQKh, masks, out_BPHh, lse_BKGP, d_BPHh)
+    )
+    sink_1KG1 = sink_H.astype(jnp.float32).reshape(1, *lse_BKGP.shape[1:3], 1)
+    sunk_BKGP = jnp.exp(sink_1KG1 - lse_BKGP) * mean_BKGP
+    dsink_H = -jnp.sum(sunk_BKGP, axis=(0, 3)).reshape(-1).astype(sink_H.dtype)
+    no_grad = [np.zeros(mask.shape, jax.dtypes.float0) for mask in masks]
+    return dq_BPHh, dk_BQKh, dv_BQKh, no_grad, dsink_H
+
+
+attend_one_by_one.defvjp(_attend_forward, _attend_backward)
+
+
+def unmix_block(q_KGPh, d_KGPh, mean_KGP, lse_KGP, k_KQh, v_KQh, visible_PQ):
+    """The backward pass of `mix_block`: what comes to q, before its scale, as [K, h, G, P], to k and to v."""
+    (K, G, P, h), Q = q_KGPh.shape, k_KQh.shape[1]
+    q_KRh, d_KRh = q_KGPh.reshape(K, -1, h), d_KGPh.reshape(K, -1, h)
     keys_by_rows = partial(jnp.einsum, "KQh,KRh->KQR", preferred_element_type=jnp.float32)
-    logit_KQGP, slope_KQGP = (keys_by_rows(*x).reshape(K, Q, H // K, P) for x in ((k_KQh, q_KRh), (v_KQh, d_KRh)))
+    logit_KQGP, slope_KQGP = (keys_by_rows(*x).reshape(K, Q, G, P) for x in ((k_KQh, q_KRh), (v_KQh, d_KRh)))
     weight_KQGP = jnp.exp(jnp.where(visible_PQ.T[:, None], logit_KQGP, HIDDEN) - lse_KGP[:, None])
     slope_KQGP = weight_KQGP * (slope_KQGP - mean_KGP[:, None])
-    weight_KQR, slope_KQR = (x.astype(d_PHh.dtype).reshape(K, Q, -1) for x in (weight_KQGP, slope_KQGP))
-    dq_KhR = jnp.einsum("KhQ,KQR->KhR", k_KQh.transpose(0, 2, 1), slope_KQR) * h**-0.5
+    weight_KQR, slope_KQR = (x.astype(d_KGPh.dtype).reshape(K, Q, -1) for x in (weight_KQGP, slope_KQGP))
+    dq_KhR = jnp.einsum("KhQ,KQR->KhR", k_KQh.transpose(0, 2, 1), slope_KQR)
     dk_KQh = jnp.einsum("KQR,KRh->KQh", slope_KQR, q_KRh)
-    dv_KQh = jnp.einsum("KQR,KRh->KQh", weight_KQR, d_KRh)
-    sunk_KGP = jnp.exp(sink_H.astype(jnp.float32).reshape(K, H // K, 1) - lse_KGP) * mean_KGP
-    dq_PHh = dq_KhR.reshape(K, h, H // K, P).transpose(3, 0, 2, 1).reshape(P, H, h)
-    dsink_H = -jnp.sum(sunk_KGP, axis=-1).reshape(H).astype(sink_H.dtype)
-    no_grad = np.zeros(visible_PQ.shape, jax.dtypes.float0)
-    return dq_PHh, dk_KQh.transpose(1, 0, 2), dv_KQh.transpose(1, 0, 2), no_grad, dsink_H
-
-
-attend_example.defvjp(_attend_forward, _attend_backward)
+    return dq_KhR.reshape(K, h, G, P), dk_KQh, jnp.einsum("KQR,KRh->KQh", weight_KQR, d_KRh)
 
 
 def by_kv_head(x_PHh: jax.Array, kv_heads: int) -> jax.Array:
-    """[K, R, h], the rows being those of the kv head's queries, one query head after another."""
+    """[K, G, P, h]: the kv head's query heads one after another."""
     P, _, h = x_PHh.shape
-    return x_PHh.reshape(P, kv_heads, -1, h).transpose(1, 2, 0, 3).reshape(kv_heads, -1, h)
+    return x_PHh.reshape(P, kv_heads, -1, h).transpose(1, 2, 0, 3)
+
+
+def scaled_by_kv_head(q_PHh: jax.Array, kv_heads: int) -> jax.Array:
+    return by_kv_head(q_PHh * q_PHh.shape[2] ** -0.5, kv_heads)
+
+
+def by_position(x_KGPh: jax.Array) -> jax.Array:
+    K, G, P, h = x_KGPh.shape
+    return x_KGPh.transpose(2, 0, 1, 3).reshape(P, K * G, h)
 
 
 def query_blocks(turn_P: np.ndarray, block: int, window: int) -> list[tuple[slice, slice]]:
@@ -129,8 +177,29 @@ def query_blocks(turn_P: np.ndarray, block: int, window: int) -> list[tuple[slic
     return blocks
 
 
-def in_blocks(block: int, attend: Attend = attend) -> Plan:
-    """Queries of `block` micro-turns at a time, by `attend_in_blocks`."""
+def attend_in_blocks(
+    q_BPHh: jax.Array,
+    k_BQKh: jax.Array,
+    v_BQKh: jax.Array,
+    blocks: Blocks,
+    masks: Sequence[jax.Array],
+    sink_H: jax.Array,
+    attend: Callable[..., jax.Array] = attend,
+) -> jax.Array:
+    """`attend` of a sequence to itself, block by block of `query_blocks`: equal, and unseen keys cost nothing.
+
+    `masks` holds each block's visibility, bool [B, queries, keys]. With `forgetful` as `attend`, no more than one
+    block's scores are in memory at a time, in the backward pass either.
+    """
+    parts = [
+        attend(q_BPHh[:, queries], k_BQKh[:, keys], v_BQKh[:, keys], mask, sink_H)
+        for (queries, keys), mask in zip(blocks, masks, strict=True)
+    ]
+    return jnp.concatenate(parts, axis=1)
+
+
+def in_blocks(block: int, attend: AttendInBlocks = attend_in_blocks) -> Plan:
+    """Queries of `block` micro-turns at a time."""
 
     def plan(turn_Q: np.ndarray, slot_Q: np.ndarray, own: int, window: int) -> Sight:
         sights = query_blocks(turn_Q, block, window)
@@ -143,32 +212,9 @@ def in_blocks(block: int, attend: Attend = attend) -> Plan:
                 see(turn_1Q[:, q], slot_Q[q], turn_1Q[:, k], slot_Q[k], present_BQ[:, k], window) for q, k in sights
             ]
 
-        return Sight(
-            mask, lambda q, k, v, masks, sink_H: keep(attend_in_blocks(q, k, v, blocks, masks, sink_H, attend))
-        )
+        return Sight(mask, lambda q, k, v, masks, sink_H: keep(attend(q, k, v, blocks, masks, sink_H)))
 
     return plan
-
-
-def attend_in_blocks(
-    q_BPHh: jax.Array,
-    k_BPKh: jax.Array,
-    v_BPKh: jax.Array,
-    blocks: Sequence[tuple[slice, slice]],
-    masks: Sequence[jax.Array],
-    sink_H: jax.Array,
-    attend: Attend = attend,
-) -> jax.Array:
-    """`attend` of a sequence to itself, block by block of `query_blocks`: equal, and unseen keys cost nothing.
-
-    `masks` holds each block's visibility, bool [B, queries, keys]. With `forgetful` as `attend`, no more than one
-    block's scores are in memory at a time, in the backward pass either.
-    """
-    parts = [
-        attend(q_BPHh[:, queries], k_BPKh[:, keys], v_BPKh[:, keys], mask, sink_H)
-        for (queries, keys), mask in zip(blocks, masks, strict=True)
-    ]
-    return jnp.concatenate(parts, axis=1)
 
 
 def see(
