@@ -2,19 +2,19 @@
 # Sourced by what stands between a machine and the training on it: the training gets SIGTERM, and its exit code goes on.
 
 begin() { # COMMAND...; sets `child`; a signal that comes while it starts is handed on once it has
-  child='' stopped=''
-  trap 'stopped=1; [ -z "$child" ] || kill -TERM "$child"' TERM
+  child='' signalled=''
+  trap 'signalled=1; [ -z "$child" ] || kill -TERM "$child"' TERM
   "$@" </dev/null &
   child=$!
-  [ -z "$stopped" ] || kill -TERM "$child"
+  [ -z "$signalled" ] || kill -TERM "$child"
 }
 
 # shellcheck disable=SC2034 # `code` is for the caller
-await() { # sets `code`; a signal ends `wait` before the child has ended
-  wait "$child"
-  code=$?
-  while kill -0 "$child" 2>/dev/null; do
+await() { # sets `code`; a signal ends `wait` with a code of its own, and bash keeps that of a child that has ended
+  while
+    signalled=''
     wait "$child"
     code=$?
-  done
+    [ -n "$signalled" ]
+  do :; done
 }

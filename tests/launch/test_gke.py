@@ -89,3 +89,18 @@ def test_a_pod_that_is_evicted_stops_the_training_and_waits_until_it_has_saved(f
     pod.terminate()
     assert pod.wait(timeout=30) == 75
     assert (fakes.folder / "train.stopped").exists()
+
+
+def test_the_code_of_a_child_that_ends_within_the_signal_is_not_lost(tmp_path):
+    """The trap returns when the child is no more; `wait` had already left with the signal's own code."""
+    script = f"""
+        . launch/child.sh
+        kill() {{ builtin kill "$@" && sleep 0.5; }}
+        begin bash -c "trap 'exit 3' TERM; touch {tmp_path}/up; while :; do sleep 0.05; done"
+        await
+        exit $code
+    """
+    shell = subprocess.Popen(["bash", "-c", script], cwd=ROOT)
+    wait_for(lambda: (tmp_path / "up").exists())
+    shell.terminate()
+    assert shell.wait(timeout=30) == 3

@@ -85,6 +85,8 @@ def test_what_waits_is_added_and_the_rest_is_as_long_as_its_longest_part():
         ("v5p:4x4x4000", "no slice of v5p has this shape"),
         ("v5p:3x7x5", "no slice of v5p has this shape; known are v5p:2x2x1"),
         ("v6e:3x4", "no slice of v6e has this shape"),
+        ("v5p:8x8x4", "did you mean v5p:4x8x8"),
+        ("v5e:8x4", "did you mean v5e:4x8"),
     ],
 )
 def test_an_unknown_topology_lists_those_known(name, says):

@@ -51,6 +51,10 @@ class Forecast:
         return self.spare >= 0
 
     @property
+    def margin(self) -> str:
+        return f"{self.spare:.1%} spare" if self.fits else f"{-self.spare:.1%} too large"
+
+    @property
     def step_seconds(self) -> float:
         return self.terms.step
 

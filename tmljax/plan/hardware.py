@@ -107,7 +107,9 @@ def find_slice(name: str) -> Slice:
         )
     shape = tuple(map(int, sizes))
     if chip.kind == "tpu" and not is_made(chip, shape):
-        raise UserError(f"--topology={name}: no slice of {kind} has this shape; known are {known(kind)}")
+        ordered = tuple(sorted(shape))
+        near = f"did you mean {kind}:{'x'.join(map(str, ordered))}? " if is_made(chip, ordered) else ""
+        raise UserError(f"--topology={name}: no slice of {kind} has this shape; {near}known are {known(kind)}")
     return Slice(name, chip.per_device, shape, chip.devices)
 
 

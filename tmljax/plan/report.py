@@ -79,7 +79,7 @@ def to_lines(forecast: Forecast) -> list[tuple[str, str, str]]:
         ("parameters", f"{amount(parameters.total)}, {amount(parameters.active)} active", "config"),
         ("mesh", f"{axes}, remat {setting.experiment.model.remat}", "config"),
         ("positions", f"{setting.positions * setting.experiment.optimizer.accumulate:,.0f} a device", "config"),
-        ("memory", f"{verdict}: {size(memory.total)} {of}, {forecast.spare:.1%} spare", source["memory"]),
+        ("memory", f"{verdict}: {size(memory.total)} {of}, {forecast.margin}", source["memory"]),
         ("  by kind", kinds, source["memory"]),
         ("step", f"{seconds(forecast.step_seconds)}, bound by {t.binds}", "formula"),
         ("  matmul", f"{seconds(t.matmul)} at {MATMUL_SHARE:.0%} of {chip.flops / 1e12:.0f} TFLOP/s", source["flops"]),

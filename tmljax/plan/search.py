@@ -100,9 +100,8 @@ def search(
 
 def describe(forecast: Forecast) -> str:
     axes = " ".join(f"{axis}={size}" for axis, size in forecast.setting.axes.items() if size > 1) or "one device"
-    fits = f"{forecast.spare:.0%} spare" if forecast.fits else f"{-forecast.spare:.0%} too large"
     remat = forecast.setting.experiment.model.remat
-    return f"{axes} remat={remat}: {fits}, {forecast.step_seconds:.2f} s a step, MFU {forecast.mfu:.0%}"
+    return f"{axes} remat={remat}: {forecast.margin}, {forecast.step_seconds:.2f} s a step, MFU {forecast.mfu:.0%}"
 
 
 def overrides(forecast: Forecast) -> str:
