@@ -31,7 +31,6 @@ from absl import flags
 from data_pipelines import builder, loader
 from data_pipelines.words import choose_tokenizer
 from launch import verb
-from tmljax import pages
 from tmljax.config import Experiment, UserError
 from tmljax.model.interaction import Definition, count
 from tmljax.sharding import batch_sharding, make_mesh
@@ -164,6 +163,5 @@ def add_up(durations: Iterator[tuple[str, float]], scopes: dict[str, str]) -> di
 
 
 if __name__ == "__main__":
-    pages.ask_for_huge_pages()
     define_flags()
     sys.exit(verb.run(main))

@@ -9,8 +9,9 @@ both with capacity factor 1.25 (MaxText's dropless path fails there on a CPU).
 
 What differs: our attention has QK-norm and a learned sink, our router is a sigmoid with a balancing bias, our rotary
 position counts 16 tokens as one; MaxText scans its layers and recomputes activations ("minimal"), ours keeps them, and
-warms up over a tenth of its steps where ours takes two; our trainer asks malloc for huge pages, which both get under
-GLIBC_TUNABLES=glibc.malloc.hugetlb=1. MaxText does not say how many tokens it drops.
+warms up over a tenth of its steps where ours takes two. Our trainer asks malloc for huge pages, which both get under
+GLIBC_TUNABLES=glibc.malloc.hugetlb=1; our experts' blocks are of 128 rows, for so few to an expert. MaxText does not
+say how many tokens it drops.
 
 The peer needs an environment of its own and is left out without it:
 

@@ -20,10 +20,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from tmljax import pages
-
-if __name__ == "__main__":
-    pages.ask_for_huge_pages()
 BEGAN = time.perf_counter()
 
 import jax  # noqa: E402

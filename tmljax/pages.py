@@ -4,11 +4,13 @@ XLA:CPU asks for the temporaries of a step and frees them at its end. They go ba
 again page by page, zeroed; and products whose operands lie on many small pages wait for their addresses.
 """
 
+import contextlib
 import os
 import sys
 from collections.abc import Mapping
 
 VARIABLE, TUNABLE = "GLIBC_TUNABLES", "glibc.malloc.hugetlb"  # 1: as many as the system gives who asks
+BEFORE = "TMLJAX_TUNABLES_BEFORE"  # what VARIABLE was for a program that has begun anew
 
 
 def with_huge_pages(environment: Mapping[str, str]) -> dict[str, str]:
@@ -20,8 +22,17 @@ def with_huge_pages(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def ask_for_huge_pages() -> None:
-    """Begins this program anew with them, for glibc reads its tunables as a process starts; call before any import
-    that takes long. Where there is no glibc, nothing changes."""
+    """Begins this program anew with them, for glibc reads its tunables as a process starts; what it starts gets none.
+
+    Call before any import that takes long, and before descriptors are closed to what is executed. Without glibc 2.35 or
+    newer it changes nothing.
+    """
+    before = os.environ.pop(BEFORE, None)
+    if before is not None:
+        os.environ[VARIABLE] = before
+        return
     wanted = with_huge_pages(os.environ)
-    if sys.platform == "linux" and wanted != dict(os.environ):
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], wanted)
+    if sys.platform == "linux" and sys.executable and wanted != dict(os.environ):
+        wanted[BEFORE] = os.environ.get(VARIABLE, "")
+        with contextlib.suppress(OSError):  # slower then, and nothing else
+            os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], wanted)

@@ -10,7 +10,7 @@ import pytest
 
 from tmljax.model.trunk import REMAT
 from tmljax.ops import experts
-from tmljax.ops.attention import attend_in_blocks, forgetful, in_blocks
+from tmljax.ops.attention import attend_in_blocks, attend_one_by_one, forgetful, in_blocks
 from tmljax.ops.experts import Experts
 from tmljax.ops.splash import through_splash
 
@@ -55,8 +55,9 @@ def test_products_of_experts(product, operation):
     [
         (through_splash(interpret=True), "pallas_call", [3, 3, 4]),
         (in_blocks(16, partial(attend_in_blocks, attend=forgetful)), "exp", [8, 8, 12]),
+        (in_blocks(16, attend_one_by_one), "exp", [7, 7, 11]),
     ],
-    ids=["splash", "blocks"],
+    ids=["splash", "blocks", "one by one"],
 )
 def test_attention(plan, operation, found):
     turn_P, slot_P = np.divmod(np.arange(128), 4)

@@ -86,6 +86,7 @@ def test_what_waits_is_added_and_the_rest_is_as_long_as_its_longest_part():
         ("v5p:3x7x5", "no slice of v5p has this shape; known are v5p:2x2x1"),
         ("v6e:3x4", "no slice of v6e has this shape"),
         ("v5p:8x8x4", "did you mean v5p:4x8x8"),
+        ("v5p:1x2x2", "did you mean v5p:2x2x1"),
         ("v5e:8x4", "did you mean v5e:4x8"),
     ],
 )

@@ -27,7 +27,7 @@ class Sight(NamedTuple):
 Plan = Callable[[np.ndarray, np.ndarray, int, int], Sight]  # (micro-turns [Q], slots [Q], how many are own, window)
 
 Blocks = Sequence[tuple[slice, slice]]  # queries, and the keys that they could see
-AttendInBlocks = Callable[..., jax.Array]  # as `attend_in_blocks` below
+AttendInBlocks = Callable[..., jax.Array]  # (q, k, v, blocks, masks, sinks), as `attend_in_blocks` below
 
 HIDDEN = -1e30  # a masked logit; finite, so that a row without keys stays finite
 
@@ -86,6 +86,7 @@ def _attend_forward(q_BPHh, k_BQKh, v_BQKh, blocks, masks, sink_H):
         return by_position(out_KGPh), lse_KGP
 
     out_BPHh, lse_BKGP = jax.lax.map(one_example, (q_BPHh, k_BQKh, v_BQKh, masks))
+    out_BPHh, lse_BKGP = keep(out_BPHh), keep(lse_BKGP)
     return out_BPHh, (q_BPHh, k_BQKh, v_BQKh, masks, sink_H, out_BPHh, lse_BKGP)
 
 
@@ -111,16 +112,17 @@ def _attend_backward(blocks, saved, d_BPHh):
         k_KQh, v_KQh = (x.transpose(1, 0, 2) for x in (k_QKh, v_QKh))
         mean_PH = jnp.sum(d_PHh.astype(jnp.float32) * out_PHh.astype(jnp.float32), axis=-1)
         mean_KGP = mean_PH.T.reshape(lse_KGP.shape)
-        dq, dk_KQh, dv_KQh = [], jnp.zeros_like(k_KQh), jnp.zeros_like(v_KQh)
+        dq_parts, dk_KQh, dv_KQh = [], *(jnp.zeros(x.shape, jnp.float32) for x in (k_KQh, v_KQh))
         for (queries, keys), visible_PQ in zip(blocks, masks, strict=True):
-            own_rows = (x[:, :, queries] for x in (q_KGPh, d_KGPh, mean_KGP, lse_KGP))
-            dq_KhGP, dk, dv = unmix_block(*own_rows, k_KQh[:, keys], v_KQh[:, keys], visible_PQ)
-            dq.append(dq_KhGP)
-            dk_KQh = dk_KQh.at[:, keys].set(dk_KQh[:, keys] + dk)
-            dv_KQh = dv_KQh.at[:, keys].set(dv_KQh[:, keys] + dv)
-        dq_KhGP = jnp.concatenate(dq, axis=3) * q_PHh.shape[2] ** -0.5
+            rows = [x[:, :, queries] for x in (q_KGPh, d_KGPh, mean_KGP, lse_KGP)]
+            dq_KhGP, to_k_KQh, to_v_KQh = unmix_block(*rows, k_KQh[:, keys], v_KQh[:, keys], visible_PQ)
+            dq_parts.append(dq_KhGP)
+            dk_KQh = dk_KQh.at[:, keys].set(dk_KQh[:, keys] + to_k_KQh)  # XLA:CPU would scatter row by row for `add`
+            dv_KQh = dv_KQh.at[:, keys].set(dv_KQh[:, keys] + to_v_KQh)
+        dq_KhGP = jnp.concatenate(dq_parts, axis=3) * q_PHh.shape[2] ** -0.5
         dq_PHh = dq_KhGP.transpose(3, 0, 2, 1).reshape(q_PHh.shape)
-        return dq_PHh, dk_KQh.transpose(1, 0, 2), dv_KQh.transpose(1, 0, 2), mean_KGP
+        dk_QKh, dv_QKh = dk_KQh.transpose(1, 0, 2), dv_KQh.transpose(1, 0, 2)
+        return *(x.astype(d_PHh.dtype) for x in (dq_PHh, dk_QKh, dv_QKh)), mean_KGP
 
     dq_BPHh, dk_BQKh, dv_BQKh, mean_BKGP = jax.lax.map(
         one_example, (q_BPHh, k_BQKh, v_BQKh, masks, out_BPHh, lse_BKGP, d_BPHh)
@@ -128,7 +130,7 @@ def _attend_backward(blocks, saved, d_BPHh):
     sink_1KG1 = sink_H.astype(jnp.float32).reshape(1, *lse_BKGP.shape[1:3], 1)
     sunk_BKGP = jnp.exp(sink_1KG1 - lse_BKGP) * mean_BKGP
     dsink_H = -jnp.sum(sunk_BKGP, axis=(0, 3)).reshape(-1).astype(sink_H.dtype)
-    no_grad = [np.zeros(mask.shape, jax.dtypes.float0) for mask in masks]
+    no_grad = jax.tree.map(lambda mask: np.zeros(mask.shape, jax.dtypes.float0), masks)
     return dq_BPHh, dk_BQKh, dv_BQKh, no_grad, dsink_H
 
 
@@ -136,17 +138,17 @@ attend_one_by_one.defvjp(_attend_forward, _attend_backward)
 
 
 def unmix_block(q_KGPh, d_KGPh, mean_KGP, lse_KGP, k_KQh, v_KQh, visible_PQ):
-    """The backward pass of `mix_block`: what comes to q, before its scale, as [K, h, G, P], to k and to v."""
+    """The backward pass of `mix_block`, float32: what comes to q, before its scale, as [K, h, G, P], to k and to v."""
     (K, G, P, h), Q = q_KGPh.shape, k_KQh.shape[1]
     q_KRh, d_KRh = q_KGPh.reshape(K, -1, h), d_KGPh.reshape(K, -1, h)
-    keys_by_rows = partial(jnp.einsum, "KQh,KRh->KQR", preferred_element_type=jnp.float32)
-    logit_KQGP, slope_KQGP = (keys_by_rows(*x).reshape(K, Q, G, P) for x in ((k_KQh, q_KRh), (v_KQh, d_KRh)))
+    dot = partial(jnp.einsum, preferred_element_type=jnp.float32)
+    logit_KQR, slope_KQR = dot("KQh,KRh->KQR", k_KQh, q_KRh), dot("KQh,KRh->KQR", v_KQh, d_KRh)
+    logit_KQGP, slope_KQGP = (x.reshape(K, Q, G, P) for x in (logit_KQR, slope_KQR))
     weight_KQGP = jnp.exp(jnp.where(visible_PQ.T[:, None], logit_KQGP, HIDDEN) - lse_KGP[:, None])
     slope_KQGP = weight_KQGP * (slope_KQGP - mean_KGP[:, None])
     weight_KQR, slope_KQR = (x.astype(d_KGPh.dtype).reshape(K, Q, -1) for x in (weight_KQGP, slope_KQGP))
-    dq_KhR = jnp.einsum("KhQ,KQR->KhR", k_KQh.transpose(0, 2, 1), slope_KQR)
-    dk_KQh = jnp.einsum("KQR,KRh->KQh", slope_KQR, q_KRh)
-    return dq_KhR.reshape(K, h, G, P), dk_KQh, jnp.einsum("KQR,KRh->KQh", weight_KQR, d_KRh)
+    dq_KhR = dot("KhQ,KQR->KhR", k_KQh.transpose(0, 2, 1), slope_KQR)
+    return dq_KhR.reshape(K, h, G, P), dot("KQR,KRh->KQh", slope_KQR, q_KRh), dot("KQR,KRh->KQh", weight_KQR, d_KRh)
 
 
 def by_kv_head(x_PHh: jax.Array, kv_heads: int) -> jax.Array:
@@ -198,7 +200,7 @@ def attend_in_blocks(
     return jnp.concatenate(parts, axis=1)
 
 
-def in_blocks(block: int, attend: AttendInBlocks = attend_in_blocks) -> Plan:
+def in_blocks(block: int, attend_blocks: AttendInBlocks = attend_in_blocks) -> Plan:
     """Queries of `block` micro-turns at a time."""
 
     def plan(turn_Q: np.ndarray, slot_Q: np.ndarray, own: int, window: int) -> Sight:
@@ -212,7 +214,7 @@ def in_blocks(block: int, attend: AttendInBlocks = attend_in_blocks) -> Plan:
                 see(turn_1Q[:, q], slot_Q[q], turn_1Q[:, k], slot_Q[k], present_BQ[:, k], window) for q, k in sights
             ]
 
-        return Sight(mask, lambda q, k, v, masks, sink_H: keep(attend(q, k, v, blocks, masks, sink_H)))
+        return Sight(mask, lambda q, k, v, masks, sink_H: keep(attend_blocks(q, k, v, blocks, masks, sink_H)))
 
     return plan
 

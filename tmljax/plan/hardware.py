@@ -10,7 +10,7 @@ import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, permutations
 from typing import Literal
 
 from tmljax.config import UserError
@@ -107,8 +107,8 @@ def find_slice(name: str) -> Slice:
         )
     shape = tuple(map(int, sizes))
     if chip.kind == "tpu" and not is_made(chip, shape):
-        ordered = tuple(sorted(shape))
-        near = f"did you mean {kind}:{'x'.join(map(str, ordered))}? " if is_made(chip, ordered) else ""
+        made = next((turned for turned in permutations(shape) if is_made(chip, turned)), None)
+        near = f"did you mean {kind}:{'x'.join(map(str, made))}? " if made else ""
         raise UserError(f"--topology={name}: no slice of {kind} has this shape; {near}known are {known(kind)}")
     return Slice(name, chip.per_device, shape, chip.devices)
 
