@@ -36,8 +36,6 @@ import tempfile
 import time
 from pathlib import Path
 
-from tmljax.pages import with_huge_pages
-
 BEGAN = time.perf_counter()
 BATCH, LENGTH, VOCABULARY, CAPACITY = 8, 512, 1024, 1.25
 SETTLE = 4  # steps before the measured ones
@@ -81,9 +79,7 @@ def main() -> int:
 
 def compare(case: str, steps: int) -> None:
     command = [sys.executable, "-m", "benchmarks.maxtext_compare", f"--ours={case}", f"--steps={steps}"]
-    done = subprocess.run(
-        command, env=with_huge_pages(environment(case)), stdout=subprocess.PIPE, text=True, check=True
-    )
+    done = subprocess.run(command, env=environment(case), stdout=subprocess.PIPE, text=True, check=True)
     ours = json.loads(done.stdout.splitlines()[-1])
     print(json.dumps(ours), flush=True)
     root = Path(os.environ.get("PEERS_DIR", "~/.cache/tmljax-peers")).expanduser()

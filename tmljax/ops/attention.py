@@ -117,8 +117,8 @@ def _attend_backward(blocks, saved, d_BPHh):
             rows = [x[:, :, queries] for x in (q_KGPh, d_KGPh, mean_KGP, lse_KGP)]
             dq_KhGP, to_k_KQh, to_v_KQh = unmix_block(*rows, k_KQh[:, keys], v_KQh[:, keys], visible_PQ)
             dq_parts.append(dq_KhGP)
-            dk_KQh = dk_KQh.at[:, keys].set(dk_KQh[:, keys] + to_k_KQh)  # XLA:CPU would scatter row by row for `add`
-            dv_KQh = dv_KQh.at[:, keys].set(dv_KQh[:, keys] + to_v_KQh)
+            dk_KQh = dk_KQh.at[:, keys].add(to_k_KQh)
+            dv_KQh = dv_KQh.at[:, keys].add(to_v_KQh)
         dq_KhGP = jnp.concatenate(dq_parts, axis=3) * q_PHh.shape[2] ** -0.5
         dq_PHh = dq_KhGP.transpose(3, 0, 2, 1).reshape(q_PHh.shape)
         dk_QKh, dv_QKh = dk_KQh.transpose(1, 0, 2), dv_KQh.transpose(1, 0, 2)
