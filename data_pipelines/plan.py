@@ -6,7 +6,6 @@ anywhere, in any order, again.
 
 from __future__ import annotations
 
-import difflib
 import math
 import zlib
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from data_pipelines.render import render
 from data_pipelines.scenarios import FAMILIES, SECONDS
 from data_pipelines.scenarios.stage import Stage
 from data_pipelines.voices import Voice
-from tmljax.config import Experiment, UserError
+from tmljax.config import Experiment, UserError, nearest
 from tmljax.stream.record import Session
 
 SPLITS = ("train", "validation", "test")
@@ -44,8 +43,7 @@ def mixture(experiment: Experiment) -> dict[str, float]:
     wanted = experiment.data.mixture or {family: weight for family, (_, weight) in FAMILIES.items()}
     for family, weight in wanted.items():
         if family not in FAMILIES:
-            close = difflib.get_close_matches(family, FAMILIES, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"the families are {', '.join(FAMILIES)}"
+            hint = nearest(family, FAMILIES, f"the families are {', '.join(FAMILIES)}")
             raise UserError(f"config.data.mixture names {family}, which does not exist; {hint}")
         if not (weight >= 0 and math.isfinite(weight)):
             raise UserError(f"config.data.mixture.{family}={weight} must be a weight of 0 or more")

@@ -33,7 +33,7 @@ from tqdm import tqdm
 from data_pipelines.builder import open_split
 from launch import verb
 from tmljax import cluster
-from tmljax.config import Data, UserError, to_json
+from tmljax.config import Data, UserError, nearest, to_json
 from tmljax.decode.engine import Engine
 from tmljax.decode.program import engine_from_workdir
 from tmljax.decode.session import SessionInput, converse
@@ -183,7 +183,9 @@ def choose(split: Sequence[Session], families: str, limit: int | None) -> tuple[
     wanted = list(found) if families == ALL else [name.strip() for name in families.split(",") if name.strip()]
     unknown = [name for name in wanted if name not in found]
     if unknown or not wanted:
-        raise UserError(f"--suite={families}: the families of the test split are {', '.join(found)}")
+        listed = f"the families of the test split are {', '.join(found)}"
+        hint = f"{unknown[0]} is not one; {nearest(unknown[0], found, listed)}" if unknown else listed
+        raise UserError(f"--suite={families}: {hint}")
     return {name: found[name] for name in wanted}, sum(ticks[name] for name in wanted)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -122,8 +123,10 @@ def check_writable(path: str | None, input_path: str) -> None:
     folder = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(folder):
         raise UserError(f"cannot write {path}: there is no folder {folder}")
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"cannot write {path}: nothing may be written to {folder}")
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as e:
+        raise UserError(f"cannot write {path}: nothing may be written to {folder} ({e.strerror})") from None
     if os.path.exists(path) and not os.path.isfile(path):
         raise UserError(f"cannot write {path}: it is {'a folder' if os.path.isdir(path) else 'no regular file'}")
     if os.path.exists(path) and os.path.exists(input_path) and os.path.samefile(path, input_path):

@@ -24,7 +24,7 @@ from typing import Any
 import ml_collections
 from absl import flags, logging
 
-from tmljax.config import Experiment, UserError, from_config_dict
+from tmljax.config import Experiment, UserError, from_config_dict, nearest
 
 OVERRIDE = re.compile(r"--?config\.(?P<field>[^=]+)(=(?P<value>.*))?", re.DOTALL)
 MISTAKES = {
@@ -75,8 +75,8 @@ def overrides(more: Sequence[str] = ()) -> list[str]:
     for override in flags.FLAGS.config_field:
         field = override.partition("=")[0]
         if field not in free:
-            near = difflib.get_close_matches(field, free, n=1)
-            hint = f"did you mean config.{near[0]}?" if near else f"what can be is {', '.join(free)}"
+            named = [f"config.{name}" for name in free]
+            hint = nearest(f"config.{field}", named, f"what can be is {', '.join(named)}")
             raise UserError(f"config.{field} cannot be set after training; {hint}")
     return flags.FLAGS.config_field
 

@@ -20,7 +20,7 @@ sys.executable = os.environ.get("SHIM", sys.executable)
 os.environ["STARTS"] = os.environ.get("STARTS", "") + "1"
 began = os.environ.get("GLIBC_TUNABLES", "")
 ask_for_huge_pages()
-print(json.dumps([os.environ["STARTS"], began, os.environ.get("GLIBC_TUNABLES", ""), sys.argv[1:], sys.flags.optimize]))
+print(json.dumps([os.environ["STARTS"], began, os.environ.get("GLIBC_TUNABLES"), sys.argv[1:], sys.flags.optimize]))
 """
 
 
@@ -47,7 +47,7 @@ def test_what_is_said_already_stays(said, wanted):
 @linux
 def test_a_program_begins_anew_once_as_it_was_called():
     called = [["--flag=a b", "c"], 1]
-    assert start() == ["11", "glibc.malloc.hugetlb=1", "", *called]
+    assert start() == ["11", "glibc.malloc.hugetlb=1", None, *called]
     perturbed = "glibc.malloc.perturb=0"
     assert start(GLIBC_TUNABLES=perturbed) == ["11", f"{perturbed}:glibc.malloc.hugetlb=1", perturbed, *called]
     refused = "glibc.malloc.hugetlb=0"
@@ -57,11 +57,11 @@ def test_a_program_begins_anew_once_as_it_was_called():
 @linux
 def test_where_it_cannot_it_goes_on_as_it_is(tmp_path):
     """Where the interpreter is not to be executed, or comes without what it was given: no second try."""
-    assert start(SHIM=str(tmp_path / "nothing"))[:3] == ["1", "", ""]
+    assert start(SHIM=str(tmp_path / "nothing"))[:3] == ["1", "", None]
     shim = tmp_path / "python"
     shim.write_text(f'#!/bin/sh\nunset GLIBC_TUNABLES\nexec {sys.executable} "$@"\n')
     shim.chmod(0o755)
-    assert start(SHIM=str(shim))[:3] == ["11", "", ""]
+    assert start(SHIM=str(shim))[:3] == ["11", "", None]
 
 
 @linux

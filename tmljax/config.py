@@ -203,13 +203,15 @@ def from_tree(cls: type, tree: Any, path: str = "config") -> Any:
     kinds = typing.get_type_hints(cls)
     for name in tree:
         if name not in kinds:
-            raise UserError(f"{path}.{name} does not exist; {_nearest(name, kinds)}")
+            hint = nearest(name, kinds, f"the fields are {', '.join(sorted(kinds))}")
+            raise UserError(f"{path}.{name} does not exist; {hint}")
     return cls(**{name: _convert(kinds[name], value, f"{path}.{name}") for name, value in tree.items()})
 
 
-def _nearest(name: str, known: typing.Iterable[str]) -> str:
+def nearest(name: str, known: typing.Iterable[str], otherwise: str) -> str:
+    """The remedy for a name that is not among those known: the one it may have meant, or else what they are."""
     close = difflib.get_close_matches(name, list(known), n=1)
-    return f"did you mean {close[0]}?" if close else f"the fields are {', '.join(sorted(known))}"
+    return f"did you mean {close[0]}?" if close else otherwise
 
 
 def _convert(kind: Any, value: Any, path: str) -> Any:

@@ -29,7 +29,10 @@ def ask_for_huge_pages() -> None:
     """
     before = os.environ.pop(BEFORE, None)
     if before is not None:
-        os.environ[VARIABLE] = before
+        if before:
+            os.environ[VARIABLE] = before
+        else:
+            os.environ.pop(VARIABLE, None)
         return
     wanted = with_huge_pages(os.environ)
     if sys.platform == "linux" and sys.executable and wanted != dict(os.environ):

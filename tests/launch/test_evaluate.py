@@ -128,7 +128,8 @@ def test_refuses(workdir, tmp_path, capsys):
     for given, message in (
         ({"workdir": empty}, "no checkpoint"),
         ({"workdir": tmp_path / "nowhere"}, "no such folder"),
-        ({"workdir": workdir, "suite": "turn_takin"}, "families of the test split are turn_taking, interruption"),
+        ({"workdir": workdir, "suite": "turn_takin"}, "turn_takin is not one; did you mean turn_taking?"),
+        ({"workdir": workdir, "suite": "nothing"}, "families of the test split are turn_taking, interruption"),
         ({"workdir": workdir, "icc": broken}, "icc_gt_distribution"),
         ({"workdir": workdir, "step": 7}, "step 7"),
         ({"workdir": workdir, "limit": 0}, "limit"),

@@ -21,6 +21,7 @@ from tmljax.model.interaction import Definition
 from tmljax.serve import bundle
 from tmljax.stream.text import Tokenizer
 
+linux = pytest.mark.skipif(sys.platform != "linux", reason="/proc is of Linux")
 STREAM = config.Stream(vocab_size=320)
 MODEL = config.Model(
     d_model=16, layers=1, heads=2, kv_heads=1, head_dim=8, window=4,
@@ -237,6 +238,7 @@ def expect_one_line(capsys, *parts: str) -> None:
         ({"output": ""}, ["empty name"]),
         ({"output": os.devnull}, ["no regular file"]),
         ({"json": os.devnull}, ["no regular file"]),
+        pytest.param({"json": "/proc/out.json"}, ["nothing may be written to /proc"], marks=linux),
         ({"typed": "three plus four"}, ["SECONDS:TEXT"]),
         ({"typed": "1.0:"}, ["SECONDS:TEXT"]),
         ({"typed": "99:four"}, ["outside the input"]),

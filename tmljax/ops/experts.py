@@ -199,16 +199,16 @@ def _blocked_backward(rows, saved, d_RD):
 
     def one_expert(dx_nbD, own):
         begin, end, gate_DW, up_DW, down_WD = own
-        both_DV = jnp.concatenate([gate_DW, up_DW], axis=1)
+        both_VD, down_DW = (laid(w) for w in (jnp.concatenate([gate_DW.T, up_DW.T]), down_WD.T))
 
         def one_block(i, done):
             dx_nbD, dboth_DV, ddown_WD = done
             h_bW, gate_back = jax.vjp(gate_halves, both_nbV[i])
-            (dboth_bV,) = gate_back(jnp.dot(d_nbD[i], down_WD.T))
-            dx_nbD = dx_nbD.at[i].set(jnp.dot(dboth_bV, both_DV.T))
+            (dboth_bV,) = gate_back(jnp.dot(d_nbD[i], down_DW))
+            dx_nbD = dx_nbD.at[i].set(jnp.dot(dboth_bV, both_VD))
             return dx_nbD, dboth_DV + add_up(x_nbD[i], dboth_bV), ddown_WD + add_up(h_bW, d_nbD[i])
 
-        nothing = [jnp.zeros(w.shape, jnp.float32) for w in (both_DV, down_WD)]
+        nothing = [jnp.zeros(w.T.shape, jnp.float32) for w in (both_VD, down_DW)]
         dx_nbD, *sums = jax.lax.fori_loop(begin, end, one_block, (dx_nbD, *nothing))
         return dx_nbD, [w.astype(gate_DW.dtype) for w in sums]
 
@@ -223,6 +223,9 @@ blocked.defvjp(_blocked_forward, _blocked_backward)
 
 def begins(end_E: jax.Array) -> jax.Array:
     return jnp.concatenate([jnp.zeros(1, end_E.dtype), end_E[:-1]])
+
+
+laid = jax.lax.optimization_barrier  # as it is written: else XLA:CPU's products turn it over, block by block
 
 
 def gate_halves(both_bV: jax.Array) -> jax.Array:
