@@ -17,12 +17,13 @@ from absl import flags
 from launch import verb
 from launch.starter import AGAIN
 
-KNOWN = {"config", "config_field", "workdir", "help", "helpshort", "helpfull"}
+KNOWN = {"config", "config_field", "workdir", "profile", "flagfile", "help", "helpshort", "helpfull"}
 
 
 def define_flags() -> None:
     verb.define_config()
     flags.DEFINE_string("workdir", None, "where the checkpoints are", required=True)
+    flags.DEFINE_integer("profile", 0, "of launch.train, and nothing here")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -34,11 +35,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def matters(argument: str) -> bool:
-    """Whether it says what is trained and for how long, as other flags of launch.train do not."""
-    name = argument.lstrip("-").partition("=")[0]
-    return not argument.startswith("-") or name in KNOWN or name.startswith("config.")
+    """Whether it says what is trained and for how long, as flags of the libraries do not."""
+    return not argument.startswith("-") or argument.lstrip("-").partition("=")[0] in KNOWN
 
 
 if __name__ == "__main__":
     define_flags()
-    sys.exit(verb.run(main, list(filter(matters, sys.argv))))
+    sys.exit(verb.run(main, list(filter(matters, verb.rewrite_overrides(sys.argv)))))

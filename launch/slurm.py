@@ -10,7 +10,6 @@ or a node fails, and goes on from its last checkpoint.
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
         "--requeue",
         f"--signal=TERM@{given.grace}",
         f"--chdir={SCRIPT.parents[1]}",
-        *shlex.split(given.sbatch),
+        *starter.words_of("sbatch"),
         str(SCRIPT),
         str(given.restarts),
         *command.words(),

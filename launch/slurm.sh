@@ -10,6 +10,10 @@ if [ -n "${SLURM_GPUS_ON_NODE:-}" ]; then # the process of a node has all of its
   export JAX_LOCAL_DEVICE_IDS
 fi
 
+# Of many exit codes srun gives the highest, which is that of a task it has killed; so a mistake, 2, is noted here too,
+# on the disk that all nodes see.
+export TMLJAX_MISTAKE="$PWD/mistake-${SLURM_JOB_ID:-}"
+
 finished() { "$python" -m launch.finished "${@:4}"; } # 0: at its end, 75: not yet, 2: the flags are wrong
 
 for ((failures = 0; ; failures++)); do
@@ -18,6 +22,10 @@ for ((failures = 0; ; failures++)); do
   [ "$code" -eq 75 ] || exit "$code"
   srun --kill-on-bad-exit=1 "$@"
   code=$?
+  if [ -e "$TMLJAX_MISTAKE" ]; then
+    rm -f "$TMLJAX_MISTAKE"
+    exit 2
+  fi
   if [ "$code" -eq 0 ]; then
     finished "$@" && exit
     echo "slurm.sh: stopped before the end of training; back to the queue" >&2

@@ -49,6 +49,15 @@ class Command(NamedTuple):
         return self.words("launch.finished")
 
 
+def words_of(flag: str) -> list[str]:
+    """The words of a flag that holds options of another program. Raises UserError where a quotation does not end."""
+    value = flags.FLAGS[flag].value
+    try:
+        return shlex.split(value)
+    except ValueError as e:
+        raise UserError(f"--{flag}={value} is no list of words: {e}") from None
+
+
 def run(main: Callable[[Sequence[str]], int | None]) -> int:
     """As `verb.run`, with what stands behind `--` left to `command`."""
     return verb.run(main, sys.argv[: sys.argv.index("--")] if "--" in sys.argv else sys.argv)

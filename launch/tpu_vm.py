@@ -46,26 +46,38 @@ def define_flags() -> None:
 
 def main(argv: Sequence[str]) -> int:
     command, given = starter.command(argv), flags.FLAGS
+    starter.words_of("create")
     tpu = TpuVm(starter.Shell.of_flags(), given.name, given.zone)
+    began = False
     tpu.shell.check("gcloud", "compute", "tpus", "tpu-vm", "list", f"--zone={given.zone}", "--format=none")
 
     def attempt() -> int:
+        nonlocal began
         code = prepare(tpu)
-        if code:
-            return code
-        _, addresses = tpu.look()
-        told = process(f"{addresses[0]}:{starter.PORT}", len(addresses))
-        code = tpu.on_workers("all", ["bash", "launch/tpu_vm.sh", "start", *told, *command.words()])
-        code = code or tpu.on_workers("0", ["bash", "launch/tpu_vm.sh", "follow"])
         if code == 0:
-            return tpu.on_workers("0", command.finished())
-        if code != starter.LOST:  # the others may be waiting for the one that failed
-            tpu.on_workers("all", ["bash", "-c", f"tail -n 5 train.log; bash launch/tpu_vm.sh stop {given.grace}"])
+            began, code = True, train(tpu, command, given.grace)
+        if began and code not in (0, starter.AGAIN, starter.MISTAKE) and tpu.look()[0] != "READY":
+            return starter.AGAIN  # a slice that was taken away is no failure, nor is one that cannot be had just now
         return code
 
     code = starter.persevere(attempt, given.restarts, given.pause)
     delete = shlex.join(tpu.words("delete"))
     starter.say(f"{given.name} still exists, and costs; when you have what you need: {delete}")
+    return code
+
+
+def train(tpu: TpuVm, command: starter.Command, grace: int) -> int:
+    """Follows the training of a slice, which is started where there is none; returns its exit code."""
+    _, addresses = tpu.look()
+    if not addresses:
+        return starter.LOST
+    told = process(f"{addresses[0]}:{starter.PORT}", len(addresses))
+    code = tpu.on_workers("all", ["bash", "launch/tpu_vm.sh", "start", *told, *command.words()])
+    code = code or tpu.on_workers("0", ["bash", "launch/tpu_vm.sh", "follow"])
+    if code == 0:
+        return tpu.on_workers("0", command.finished())
+    if code != starter.LOST:  # the others may be waiting for the one that failed
+        tpu.on_workers("all", ["bash", "-c", f"tail -n 5 train.log; bash launch/tpu_vm.sh stop {grace}"])
     return code
 
 
@@ -102,7 +114,7 @@ def prepare(tpu: TpuVm) -> int:
             starter.say(f"{tpu.name} is {state}; it is made anew")
             tpu.shell.run(*tpu.words("delete", "--quiet"))
         kind = (f"--accelerator-type={given.type}", f"--version={given.version}")
-        code = tpu.shell.run(*tpu.words("create", *kind, *shlex.split(given.create)))
+        code = tpu.shell.run(*tpu.words("create", *kind, *starter.words_of("create")))
         if code:
             return code
     elif not given.renew and tpu.run_line("all", f"test -e {FOLDER}/{INSTALLED}") == 0:

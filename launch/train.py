@@ -111,5 +111,6 @@ def prepare_data(experiment: Experiment, workdir: str) -> Tokenizer:
 
 if __name__ == "__main__":
     define_flags()
+    cluster.leave_when_asked()
     with cluster.leaving():
         sys.exit(verb.run(main))

@@ -26,6 +26,7 @@ from absl import flags, logging
 
 from tmljax.config import Experiment, UserError, from_config_dict, nearest
 
+MISTAKE = "TMLJAX_MISTAKE"  # names a file to make, for whoever cannot see this process's exit code (slurm.sh)
 OVERRIDE = re.compile(r"--?config\.(?P<field>[^=]+)(=(?P<value>.*))?", re.DOTALL)
 MISTAKES = {
     errno.ENOSPC,
@@ -143,6 +144,8 @@ def abandoned(pipe: int) -> bool:
 
 
 def complain(message: str) -> int:
+    if os.environ.get(MISTAKE):
+        Path(os.environ[MISTAKE]).touch()
     print("error: " + " ".join(message.split()), file=sys.stderr)
     return 2
 

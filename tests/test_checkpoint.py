@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -171,9 +172,11 @@ def damage(path, how):
     data = bytearray(path.read_bytes())
     if how == "cut":
         path.write_bytes(data[: len(data) // 2])
-    elif how == "bit":
+    elif how == "bit" and data:
         data[len(data) // 2] ^= 1
         path.write_bytes(data)
+    elif how in ("bit", "empty"):
+        path.write_bytes(b"")
     else:
         path.unlink()
 
@@ -200,6 +203,26 @@ def test_resuming_sets_a_damaged_checkpoint_aside_so_that_its_step_can_be_writte
     assert (tmp_path / checkpoint.FOLDER / "2.damaged").is_dir()
     save(tmp_path, (2, None))
     assert checkpoint.resume(tmp_path, *targets).step == 2
+
+
+@pytest.mark.parametrize("how", ["cut", "bit", "empty"])
+@pytest.mark.parametrize("step", [1, 2], ids=["older", "newest"])
+def test_whatever_file_is_damaged_the_run_goes_on_with_what_was_saved(tmp_path, how, step):
+    """File by file, as a run that resumes reads them; the older one is the best."""
+    save(tmp_path / "whole", (1, 1.0), (2, 2.0), keep=1)
+    whole, targets = tmp_path / "whole" / checkpoint.FOLDER, [as_target(part) for part in tree()]
+    files = sorted(p.relative_to(whole) for p in (whole / str(step)).rglob("*") if p.is_file())
+    assert {"progress/metadata", "metrics/metrics"} <= {"/".join(file.parts[1:]) for file in files}
+    for number, file in enumerate(files):
+        workdir = tmp_path / str(number)
+        shutil.copytree(tmp_path / "whole", workdir)
+        damage(workdir / checkpoint.FOLDER / file, how)
+        restored = checkpoint.resume(workdir, *targets)
+        same((restored.params, restored.optimizer), tree())
+        assert restored.iterator == {"taken": restored.step}, file
+        assert restored.step == 2 or step == 2, file
+        save(workdir, (3, None), keep=1)
+        assert checkpoint.steps(workdir)[-1] == 3
 
 
 def test_when_all_are_damaged_nothing_is_touched_and_nothing_starts_anew(tmp_path):
@@ -291,6 +314,25 @@ def test_fingerprints_see_a_bit_and_a_swap():
             compare(host_fingerprints(other), saved)
 
 
+def test_a_seal_shows_every_wrong_bit_that_changes_what_is_said():
+    said = {"format": 4, "iterator": {"examples": 6400, "of": [1.5e-05, None, "a"]}, "loss": float("inf")}
+    text = json.dumps(storage.seal(said)).encode()
+    assert storage.unseal(json.loads(text), "it") == said
+    seen = 0
+    for bit in range(8 * len(text)):
+        flipped = bytearray(text)
+        flipped[bit // 8] ^= 1 << bit % 8
+        try:
+            found = json.loads(flipped)
+        except ValueError:
+            continue
+        if found != json.loads(text):
+            seen += 1
+            with pytest.raises(storage.Damaged, match="it is not what was saved"):
+                storage.unseal(found, "it")
+    assert seen > 100
+
+
 def test_progress_is_plain_json_that_names_the_config(tmp_path):
     save(tmp_path, (1, None))
     progress = json.loads((tmp_path / checkpoint.FOLDER / "1" / "progress" / "metadata").read_text())
@@ -301,9 +343,9 @@ def test_progress_is_plain_json_that_names_the_config(tmp_path):
 def test_parameters_of_another_version_are_neither_served_nor_trained_on(tmp_path, written):
     save(tmp_path, (1, None))
     path = tmp_path / checkpoint.FOLDER / "1" / "progress" / "metadata"
-    progress = json.loads(path.read_text())
+    progress = storage.unseal(json.loads(path.read_text()), "progress")
     assert progress.pop("format") == checkpoint.FORMAT
-    path.write_text(json.dumps(progress | written))
+    path.write_text(json.dumps(storage.seal(progress | written) if written else progress))
     before = (tmp_path / checkpoint.CONFIG).read_text()
     params, optimizer = (as_target(part) for part in tree())
     for act in (

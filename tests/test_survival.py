@@ -1,6 +1,6 @@
 """What hosts that die, freeze or are asked to leave do to a run: nothing that its metrics or its checkpoints show.
 
-The whole matrix, two and four hosts, every fault, is slow: 56 tests of two or three starts, 11 s of CPU for a start of
+The whole matrix, two and four hosts, every fault, is slow: 62 tests of two or three starts, 11 s of CPU for a start of
 two hosts and twice that for four. One more has no fault, and experts of the real model on two hosts.
 """
 
@@ -178,6 +178,23 @@ def test_a_notice_to_one_host(straight, tmp_path, hosts, lead, name):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("hosts", [2, 4])
+@pytest.mark.parametrize("place", ["restoring", "compiling", "leaving"])
+def test_a_notice_to_all_outside_the_steps(straight, tmp_path, hosts, place):
+    workdir = tmp_path / "run"
+    run(workdir, hosts, harm="0:step 6:SIGTERM")
+    process = start(workdir, hosts, harm=f"0:{place}:SIGCONT")  # which does no harm, and leaves a mark
+    while not workdir.with_name(f"run.{place}.SIGCONT").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, said
+    run(workdir, hosts)
+    same(workdir, straight(hosts))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_a_notice_to_the_supervisor(straight, tmp_path, number, code):
     workdir = tmp_path / "run"
@@ -231,6 +248,14 @@ def train_for_real(folder: Path, hosts: int = 2, **changes: object) -> subproces
     return supervise([f"--hosts={hosts}", "--devices-per-host=2", "--max-restarts=1"], verb, {})
 
 
+def train_until_data_is_built(folder: Path) -> subprocess.Popen:
+    process = train_for_real(folder)
+    while not list(folder.glob("data/*/.staging/*.json")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    return process
+
+
 def host_of(supervisor: subprocess.Popen, index: int) -> int:
     """Its process."""
     (children,) = Path(f"/proc/{supervisor.pid}/task").glob(f"{supervisor.pid}/children")
@@ -241,21 +266,28 @@ def host_of(supervisor: subprocess.Popen, index: int) -> int:
 
 
 @pytest.mark.slow
-def test_the_real_model_and_sigkill_while_its_dataset_is_built(tmp_path):
+def test_the_real_model_and_the_end_of_a_host_while_its_dataset_is_built(tmp_path):
     undisturbed = train_for_real(tmp_path / "straight")
     said, _ = undisturbed.communicate(timeout=1200)
     assert undisturbed.returncode == 0, said
     for index in (0, 1):
         folder = tmp_path / str(index)
-        process = train_for_real(folder)
-        while not list(folder.glob("data/*/.staging/*.json")):
-            assert process.poll() is None
-            time.sleep(0.01)
+        process = train_until_data_is_built(folder)
         os.kill(host_of(process, index), signal.SIGKILL)
         said, _ = process.communicate(timeout=1200)
         assert process.returncode == 0, said
         assert f"host {index} was ended by SIGKILL, last heard of at building the dataset" in said
         assert rows(folder / "run") == rows(tmp_path / "straight" / "run")
+
+    asked = train_until_data_is_built(tmp_path / "asked")
+    asked.send_signal(signal.SIGTERM)
+    said, _ = asked.communicate(timeout=60)
+    assert asked.returncode == 0, said
+    assert "asked to leave, with nothing to save" in said
+    again = train_for_real(tmp_path / "asked")
+    said, _ = again.communicate(timeout=1200)
+    assert again.returncode == 0, said
+    assert rows(tmp_path / "asked" / "run") == rows(tmp_path / "straight" / "run")
 
 
 @pytest.mark.slow

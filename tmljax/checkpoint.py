@@ -5,8 +5,8 @@
     workdir/checkpoints/STEP/      params (nested dict), optimizer (flat dict), progress (json)
 
 Orbax writes a step aside and renames it when it is whole. What happens to it afterwards is noticed by fingerprints
-of the arrays (tmljax/fingerprint.py). Each process reads its own part, and all go on with the newest step that every
-one of them could read.
+of the arrays (tmljax/fingerprint.py), which lie in the progress, and by the seal of that. Each process reads its own
+part, and all go on with the newest step that every one of them could read.
 """
 
 from __future__ import annotations
@@ -31,13 +31,14 @@ from tmljax import cluster, config, files
 from tmljax.config import Experiment, UserError
 from tmljax.fingerprint import fingerprints, flatten, host_fingerprints
 from tmljax.quiet import hushed
-from tmljax.storage import Damaged, Unreachable, read, share, verify
+from tmljax.storage import SEAL, Damaged, Unreachable, read, read_json, seal, share, unseal, verify
 from tmljax.stream.text import Tokenizer
 
 FOLDER = "checkpoints"
 KNOWN = 50  # newest checkpoints that are looked at
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
+PROGRESS = "progress"
 BEST = "best"
 FORMAT = 4  # raise it when the same parameters compute something else
 # What a resumed run may change: how long (which moves the end of the schedule), how often and where, how the same
@@ -92,6 +93,7 @@ class Checkpoints:
         progress = {
             "format": FORMAT,
             "step": step,
+            "loss": loss,
             "iterator": iterator,
             "config": dataclasses.asdict(experiment),
             "fingerprints": {name: fingerprints(tree) for name, tree in items.items()},
@@ -102,7 +104,7 @@ class Checkpoints:
         try:
             self._manager.save(
                 step,
-                args=ocp.args.Composite(**arrays, progress=ocp.args.JsonSave(progress)),
+                args=ocp.args.Composite(**arrays, progress=ocp.args.JsonSave(seal(progress))),
                 metrics=metrics,
                 force=True,
             )
@@ -169,18 +171,20 @@ def restore(workdir: str | Path, step: int, params: Any, optimizer: Any) -> Rest
     """
     targets = {"params": params, "optimizer": flatten(optimizer)}
     arrays = {name: ocp.args.StandardRestore(target) for name, target in targets.items()}
-    found, failure = None, None
+    found, progress, failure = None, {}, None
     check_format(workdir, step)
     try:
         found = read(_step_folder(workdir, step), lambda: arrays)
+        progress = unseal(found.progress, PROGRESS)
+        held_out_loss(workdir, step)
     except (Damaged, Unreachable) as e:
         failure = e
     share(failure)
     for name in targets:
-        verify(fingerprints(found[name]), found.progress["fingerprints"][name])
+        verify(fingerprints(found[name]), progress["fingerprints"][name])
     leaves = [found.optimizer[name] for name in targets["optimizer"]]
     moments = jax.tree.unflatten(jax.tree.structure(optimizer), leaves)
-    return Restored(found.progress["step"], found.params, moments, found.progress["iterator"])
+    return Restored(progress["step"], found.params, moments, progress["iterator"])
 
 
 def resume(workdir: str | Path, params: Any, optimizer: Any) -> Restored | None:
@@ -201,6 +205,8 @@ def resume(workdir: str | Path, params: Any, optimizer: Any) -> Restored | None:
             continue
         except Unreachable as e:
             raise _unreachable(workdir, step, e) from None
+        if lead:
+            damaged |= unjudged(workdir, step)
         for bad in damaged if lead else ():
             report_damage(bad, damaged[bad], step)
             os.replace(_step_folder(workdir, bad), _free_name(_step_folder(workdir, bad)))
@@ -239,13 +245,36 @@ def best_step(workdir: str | Path) -> int | None:
     """The step kept for its held-out loss, None where none was evaluated."""
     losses = {}
     for step in steps(workdir):
-        try:
-            loss = json.loads((_step_folder(workdir, step) / "metrics" / "metrics").read_text())["loss"]
-        except (OSError, ValueError, LookupError):
-            continue
-        if math.isfinite(loss):
-            losses[step] = loss
+        with contextlib.suppress(Damaged, Unreachable):
+            losses[step] = held_out_loss(workdir, step)
+    losses = {step: loss for step, loss in losses.items() if loss is not None and math.isfinite(loss)}
     return min(losses, key=losses.__getitem__) if losses else None
+
+
+def held_out_loss(workdir: str | Path, step: int) -> float | None:
+    """That the step was saved with. Raises Damaged where orbax, which has a file of its own for it, would read another;
+    and Unreachable."""
+    folder = _step_folder(workdir, step)
+    loss = unseal(read_json(folder / PROGRESS / "metadata"), PROGRESS).get("loss")
+    path = folder / "metrics" / "metrics"
+    beside = read_json(path) if path.exists() else {"loss": None}
+    if json.dumps(beside) != json.dumps({"loss": loss}):  # texts, for NaN is not itself
+        raise Damaged("the held-out loss is not what was saved")
+    return loss
+
+
+def unjudged(workdir: str | Path, before: int) -> dict[int, Damaged]:
+    """Of the steps before this one those whose loss orbax could not read, and would end the run for."""
+    found = {}
+    for step in steps(workdir):
+        try:
+            if step < before:
+                held_out_loss(workdir, step)
+        except Damaged as e:
+            found[step] = e
+        except Unreachable as e:
+            raise _unreachable(workdir, step, e) from None
+    return found
 
 
 def choose_step(workdir: str | Path, wanted: str | None) -> int:
@@ -294,20 +323,24 @@ def read_params(workdir: str | Path, step: int) -> tuple[Any, dict[str, Any]]:
 
     check_format(workdir, step)
     found = read(folder, arrays)
-    verify(host_fingerprints(found.params), found.progress["fingerprints"]["params"])
-    return found.params, found.progress
+    progress = unseal(found.progress, PROGRESS)
+    verify(host_fingerprints(found.params), progress["fingerprints"]["params"])
+    return found.params, progress
 
 
 def check_format(workdir: str | Path, step: int) -> None:
-    """Raises UserError where this version would compute something else with the parameters. Of what cannot be read it
-    says nothing: whoever reads the arrays will."""
+    """Raises UserError where this version would compute something else with the parameters. Of what cannot be read, or
+    is not what was saved, it says nothing: whoever reads the arrays will."""
     try:
-        found = json.loads((_step_folder(workdir, step) / "progress" / "metadata").read_text()).get("format", 1)
-    except (OSError, ValueError, AttributeError):
+        found = read_json(_step_folder(workdir, step) / PROGRESS / "metadata")
+        version = found.get("format", 1)
+        if SEAL in found:  # there was a time without
+            unseal(found, PROGRESS)
+    except (Damaged, Unreachable, AttributeError):
         return
-    if found != FORMAT:
+    if version != FORMAT:
         raise UserError(
-            f"checkpoint {step} of {workdir} has format {found}, this version of tmljax reads {FORMAT}: "
+            f"checkpoint {step} of {workdir} has format {version}, this version of tmljax reads {FORMAT}: "
             f"use the version that wrote it, or train anew in another --workdir"
         )
 

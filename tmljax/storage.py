@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import errno
 import gc
+import json
 import re
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ PASSING = {
     *(errno.EACCES, errno.EPERM, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET, errno.ENOTCONN, errno.EHOSTDOWN),
 }
 PASSING_CODES = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "PERMISSION_DENIED")  # as tensorstore puts them
+SEAL = "seal"  # of what is written as JSON: a checksum of the rest
 PAUSES = (1.0, 4.0, 10.0)  # seconds before each further attempt
 
 
@@ -65,6 +68,29 @@ def read_once(folder: Path, args: Callable[[], dict[str, Any]]) -> Any:
             reason = kind(re.sub(r"\s+", " ", str(e.__cause__ or e))[:160] or type(e).__name__)
         gc.collect()
     raise reason
+
+
+def read_json(path: Path) -> Any:
+    """Raises Damaged and Unreachable."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        kind = Unreachable if is_passing(e) else Damaged
+        raise kind(f"{path.parent.name}: {e}") from None
+
+
+def seal(tree: dict[str, Any]) -> dict[str, Any]:
+    """With a checksum of all it says, as JSON says it."""
+    as_read = json.loads(json.dumps(tree))
+    return tree | {SEAL: zlib.crc32(json.dumps(as_read, sort_keys=True).encode())}
+
+
+def unseal(tree: Any, name: str) -> dict[str, Any]:
+    """What was sealed. Raises Damaged where it is anything else."""
+    rest = {key: value for key, value in tree.items() if key != SEAL} if isinstance(tree, dict) else {}
+    if not rest or seal(rest) != tree:
+        raise Damaged(f"{name} is not what was saved")
+    return rest
 
 
 def is_passing(e: BaseException | None) -> bool:

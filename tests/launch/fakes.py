@@ -52,6 +52,13 @@ def give(code, text):
 
 ANSWER = "give(*answer(name))"
 
+SRUN = """
+if "MISTAKEN" in os.environ:
+    import subprocess
+    subprocess.run([sys.executable, "-m", "launch.finished", "--config=none.py", "--workdir=none"])
+give(*answer(name))
+"""
+
 PYTHON = """
 assert sys.argv[1] == "-m", sys.argv
 if sys.argv[2] == "launch.train" and os.path.exists(here + "/train.waits"):

@@ -25,6 +25,7 @@ from tests.launch.fakes import (
     INSTALLER,
     PYTHON,
     ROOT,
+    SRUN,
     SSH,
     STARTERS,
     TRAIN,
@@ -40,7 +41,7 @@ PROGRAM = {"slurm": "sbatch", "gke": "kubectl", "tpu_vm": "gcloud", "ssh": "ssh"
 
 @pytest.fixture
 def fakes(tmp_path):
-    return Fakes(tmp_path, python=PYTHON, ssh=SSH, gcloud=GCLOUD, srun=ANSWER, scontrol=ANSWER, sbatch=ANSWER)
+    return Fakes(tmp_path, python=PYTHON, ssh=SSH, gcloud=GCLOUD, srun=SRUN, scontrol=ANSWER, sbatch=ANSWER)
 
 
 def test_the_shell_scripts_pass_shellcheck():
@@ -137,9 +138,12 @@ def test_a_failing_slurm_job_is_started_again_so_often_and_a_mistake_never(fakes
     assert len(fakes.calls("srun")) == 3
     fakes.answers("srun", (2, ""))
     assert batch(fakes).returncode == 2
+    fakes.answers("srun", (137, ""))
+    assert batch(fakes, MISTAKEN="one task of many").returncode == 2
+    assert not list(ROOT.glob("mistake-*"))
     fakes.answers("launch.finished", (2, ""))
     assert batch(fakes).returncode == 2
-    assert len(fakes.calls("srun")) == 4
+    assert len(fakes.calls("srun")) == 5
     assert not fakes.calls("scontrol")
 
 
@@ -234,15 +238,21 @@ def cloud(tmp_path):
 
 
 def test_a_tpu_vm_is_made_filled_and_made_anew_after_a_preemption(cloud):
-    """The slice vanishes while it trains; the second one gets the same flags, and finishes."""
+    """The slice vanishes while it trains, then there is none to be had, then one that is gone before it is looked at;
+    the last one gets the same flags, and finishes. None of this is a failure."""
     preempted = json.dumps({"state": "PREEMPTED"})
-    cloud.answers("describe", (1, ""), (0, READY), (0, preempted), (0, READY))
+    none = (1, "")
+    cloud.answers("describe", none, (0, READY), *[(0, preempted)] * 2, *[none] * 5, (0, READY))
+    cloud.answers("create", (0, ""), (1, ""), (0, ""))
     cloud.answers("delete", (0, ""))
     cloud.answers("follow", (255, ""), (0, ""))
-    done = cloud.start(*tpu())
+    done = cloud.start(*tpu("--restarts=0"))
     assert done.returncode == 0, done.stderr
-    made = ["create", "scp", "ssh setup-ran", "describe", "ssh start", "ssh follow"]
-    assert verbs(cloud) == ["describe", *made, "describe", "delete", *made, "ssh launch.finished"]
+    made = ["create", "scp", "ssh setup-ran", "describe"]
+    gone = [*made, "ssh start", "ssh follow", "describe", "describe", "delete", "create", "describe"]
+    too_late = ["describe", *made, "describe"]
+    there = ["describe", *made, "ssh start", "ssh follow", "ssh launch.finished"]
+    assert verbs(cloud) == ["describe", *gone, *too_late, *there]
     assert "demo is PREEMPTED; it is made anew" in done.stderr
     create = next(c["argv"] for c in cloud.calls("gcloud") if c["argv"][3] == "create")
     assert create[4:] == ["demo", "--zone=us-x1", "--accelerator-type=v5p-16", "--version=v2", "--spot"]
@@ -267,7 +277,7 @@ def test_a_tpu_vm_that_trains_already_is_followed_and_its_failure_stops_the_othe
     done = cloud.start(*tpu())
     assert done.returncode == 0, done.stderr
     look = ["describe", "ssh", "describe", "ssh start", "ssh follow"]
-    assert verbs(cloud) == [*look, "ssh stop", *look, "ssh launch.finished"]
+    assert verbs(cloud) == [*look, "ssh stop", "describe", *look, "ssh launch.finished"]
     assert "failed with exit code 9" in done.stderr
     assert (machine / "train.log").read_text() == "boom\ntrained\n"
     assert len(train_calls(cloud)) == 2
@@ -309,12 +319,19 @@ def test_start_on_a_worker_is_once_and_stop_is_sigterm(cloud):
     assert on_worker("follow").returncode == 0
 
 
+@pytest.mark.parametrize("form", ["one word", "two words", "in a file"])
 @pytest.mark.parametrize(("wanted", "code"), [(5, 0), (6, 75)])
-def test_finished_looks_for_the_last_step_that_can_be_read(tmp_path, wanted, code):
+def test_finished_looks_for_the_last_step_that_can_be_read(tmp_path, wanted, code, form):
     (tmp_path / "checkpoints" / "5").mkdir(parents=True)
     (tmp_path / "checkpoints" / "6.damaged").mkdir()
-    flags = ["--config", "configs/smoke.py", f"--workdir={tmp_path}", f"--config.train.steps={wanted}"]
-    done = Fakes(tmp_path).start("finished", *flags, "--another_flag_of_train=5")
+    (tmp_path / "flags.txt").write_text(f"--config_field=train.steps={wanted}\n--profile=3\n")
+    steps = {
+        "one word": [f"--config.train.steps={wanted}"],
+        "two words": ["--config.train.steps", str(wanted), "--config.mesh.fsdp", "-1"],
+        "in a file": [f"--flagfile={tmp_path}/flags.txt"],
+    }[form]
+    flags = ["--config", "configs/smoke.py", *steps, f"--workdir={tmp_path}"]
+    done = Fakes(tmp_path).start("finished", *flags, "--a_flag_of_a_library=5")
     assert done.returncode == code, done.stderr
     assert f"step 5 of {wanted}" in done.stdout
 
@@ -327,3 +344,11 @@ def test_finished_agrees_with_the_checkpoints_of_a_training(tmp_path):
     done = fakes.start("finished", "--config=configs/smoke.py", f"--workdir={tmp_path}")
     assert f"step {checkpoint.steps(tmp_path)[-1]} of" in done.stdout
     refuses(fakes.start("finished", "--config=configs/smok.py", "--workdir=x"), "smoke.py?")
+
+
+@pytest.mark.parametrize(("starter", "flag"), [("slurm", "--sbatch"), ("tpu_vm", "--create")])
+def test_a_quotation_that_does_not_end_is_named(tmp_path, starter, flag):
+    fakes = Fakes(tmp_path, gcloud="", sbatch="")
+    refuses(
+        fakes.start(starter, *STARTERS[starter], f"{flag}=--comment='x", "--", *TRAIN), f"{flag}=--comment='x is no"
+    )

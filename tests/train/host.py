@@ -24,6 +24,7 @@ from tmljax import checkpoint, cluster  # noqa: E402
 
 def main(argv: list[str]) -> int:
     workdir, steps, sizes = Path(argv[1]), int(argv[2]), argv[3]
+    cluster.leave_when_asked()
     cluster.initialize()
     cluster.enable_compile_cache()
     come_to_harm(workdir)
