@@ -30,7 +30,7 @@ from data_pipelines import beam, records
 from data_pipelines.plan import SPLITS, Shard, count_sessions, render_shard, shards
 from data_pipelines.staging import is_whole, read_summary, render_all
 from data_pipelines.voices import Voices
-from tmljax import files
+from tmljax import files, pulse
 from tmljax.config import Experiment, UserError
 from tmljax.stream.record import Session
 from tmljax.stream.text import Tokenizer
@@ -244,6 +244,7 @@ def _follow(
             rate = rendered / max(bar.format_dict["elapsed"], 1e-9)
             bar.set_postfix_str(f"{rate:.0f} times real time", refresh=False)
             bar.update(shard.sessions)
+            pulse.goes_on()
     return rendered
 
 

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from data_pipelines import records
 from data_pipelines.manifest import Recording, fingerprint, open_video, read_manifest
-from tmljax import files
+from tmljax import files, pulse
 from tmljax.config import Experiment, Stream, UserError
 from tmljax.stream import dmel
 from tmljax.stream.microturn import FRAME_SAMPLES, FRAMES, MICROTURN_SAMPLES, MICROTURN_SECONDS, SAMPLE_RATE
@@ -134,6 +134,7 @@ def _import_all(
             for session in convert(recording, experiment):
                 yield session
                 bar.update(session.frames * FRAME_SAMPLES / SAMPLE_RATE)
+                pulse.goes_on()
 
 
 def open_manifest(manifest: str, experiment: Experiment, split: str) -> Records:

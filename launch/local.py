@@ -1,6 +1,6 @@
 """Starts N processes on this machine as if they were N hosts, and sees them through.
 
-    python -m launch.local --hosts=2 --devices-per-host=4 [--max-restarts=N] [--hang-seconds=S] -- COMMAND...
+    python -m launch.local --hosts=2 --devices-per-host=4 [--max-restarts=N] -- COMMAND...
 
 COMMAND is what would run on one machine, `python -m launch.train --config=... --workdir=...` say. Each host has CPU
 devices of its own and finds the others over a free port. What they print is prefixed by the host. When one fails, or
@@ -53,6 +53,12 @@ def define_flags() -> None:
         "a host that gives no sign of life, or stays at one step, for so long has failed",
         lower_bound=1.0,
     )
+    flags.DEFINE_float(
+        "stall-seconds",
+        3600.0,
+        "as long may saving, restoring, evaluating, compiling or building data take without getting on",
+        lower_bound=1.0,
+    )
 
 
 class Options(NamedTuple):
@@ -61,6 +67,7 @@ class Options(NamedTuple):
     devices: int = 1
     restarts: int = 0
     hang_seconds: float = 300.0
+    stall_seconds: float = 3600.0
 
 
 class Failure(NamedTuple):
@@ -82,6 +89,7 @@ def main(argv: Sequence[str]) -> int:
             given["devices-per-host"].value,
             given["max-restarts"].value,
             given["hang-seconds"].value,
+            given["stall-seconds"].value,
         )
     )
 
@@ -268,7 +276,7 @@ class Job:
         return [host for host in self._hosts if signing and host.process.poll() is None]
 
     def _hung(self) -> Failure | None:
-        """The host that is silent; where none is but a step takes too long, the one that keeps the others waiting."""
+        """The host that is silent; where none is but all stay for too long, the one that keeps the others waiting."""
         now, most, running = time.time(), self._options.hang_seconds, self._running()
         for host in running:
             if now - host.heard > most:
@@ -277,11 +285,17 @@ class Job:
                 silent = f"it has given no sign of life since {at(host.heard)}{place}"
                 return Failure(HUNG, f"host {host.index} hangs: {silent}")
         signs = [(host.sign, host) for host in running if host.sign is not None]
-        if len(signs) == len(running) and all(s.hurried and now - s.since > most for s, _ in signs) and signs:
-            sign, host = min(signs, key=lambda pair: pair[0].order)
-            self._blame(host)
-            return Failure(HUNG, f"host {host.index} hangs: it has been at {sign.place} since {at(sign.since)}")
-        return None
+        if not signs or len(signs) < len(running) or not all(self._stays(sign, now) for sign, _ in signs):
+            return None
+        sign, host = min(signs, key=lambda pair: pair[0].order)
+        self._blame(host)
+        who = f"host {host.index} hangs: it has"
+        if not sign.hurried and len({sign.place for sign, _ in signs}) == 1:
+            who = f"one of {len(signs)} hosts hangs: all have"
+        return Failure(HUNG, f"{who} been at {sign.place} since {at(sign.since)}")
+
+    def _stays(self, sign: pulse.Sign, now: float) -> bool:
+        return now - sign.since > (self._options.hang_seconds if sign.hurried else self._options.stall_seconds)
 
 
 def environment(options: Options, index: int, port: int) -> dict[str, str]:

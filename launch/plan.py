@@ -89,7 +89,9 @@ def save(title: str, ranked: list[Forecast], serving: dict | None) -> None:
         return
     folder = Path(flags.FLAGS.output)
     paths = report.write(folder, title, ranked, serving)
-    if flags.FLAGS.search and ranked:
+    if flags.FLAGS.search and ranked and not ranked[0].fits:
+        print(f"nothing fits, so there is no {folder / 'best.flags'}", file=sys.stderr)
+    elif flags.FLAGS.search and ranked:
         (folder / "best.flags").write_text(overrides(ranked[0]), encoding="utf-8")
         paths = (*paths, folder / "best.flags")
     print("wrote " + ", ".join(str(path) for path in paths))

@@ -20,7 +20,7 @@ class Sign(NamedTuple):
     place: str
     since: float  # Unix time
     order: int  # the step it belongs to; the process with the lowest keeps the others waiting. -1: before the first
-    hurried: bool  # whether staying here for long means that something hangs
+    hurried: bool  # a step: whether staying here for minutes, not for an hour, means that something hangs
 
     def to_line(self) -> bytes:
         return (json.dumps(self._asdict()) + "\n").encode()
@@ -44,6 +44,12 @@ def begin() -> None:
 def at(place: str, order: int = -1, hurried: bool = False) -> None:
     global _here
     _here = Sign(place, time.time(), order, hurried)
+
+
+def goes_on() -> None:
+    """At the same place still, but not for want of progress."""
+    global _here
+    _here = _here._replace(since=time.time())
 
 
 def _beat(pipe: int) -> None:

@@ -99,15 +99,29 @@ FROZEN = "pulse.begin(); pulse.at('step 7', 14, True)\nif me == 1: os.kill(os.ge
 STUCK = "pulse.at(f'step {8 - me}', 8 - me, True); pulse.begin()\n" + SLEEP
 
 
+STALLED = "pulse.at('checkpoint') if me == 1 else pulse.at('step 8', 8, True); pulse.begin()\n" + SLEEP
+TOGETHER = "pulse.at('checkpoint'); pulse.begin()\n" + SLEEP
+
+
 @pytest.mark.parametrize(
-    ("code", "said"), [(FROZEN, "it has given no sign of life since"), (STUCK, "it has been at step 7 since")]
+    ("code", "said"),
+    [
+        (FROZEN, "host 1 hangs: it has given no sign of life since"),
+        (STUCK, "host 1 hangs: it has been at step 7 since"),
+        (STALLED, "host 1 hangs: it has been at checkpoint since"),
+        (TOGETHER, "one of 2 hosts hangs: all have been at checkpoint since"),
+    ],
 )
 def test_a_host_that_hangs_is_named(capfd, code, said):
-    assert supervise(code, hang_seconds=8.0) == 124
+    assert supervise(code, hang_seconds=8.0, stall_seconds=9.0) == 124
     err = capfd.readouterr().err
-    assert err.startswith("error: host 1 hangs")
-    assert said in err
+    assert err.startswith(f"error: {said}")
     assert len(err.splitlines()) == 1
+
+
+def test_what_gets_on_does_not_stall():
+    code = "pulse.at('building'); pulse.begin()\nfor _ in range(8): time.sleep(0.5); pulse.goes_on()"
+    assert supervise(code, stall_seconds=2.0) == 0
 
 
 def test_a_command_without_signs_of_life_does_not_hang():

@@ -32,6 +32,15 @@ def test_a_plan_by_formula(tmp_path):
     assert f"{total / 1e6:.1f}M, {active / 1e6:.1f}M active" in done.stdout
 
 
+def test_what_does_not_fit_is_no_best(tmp_path):
+    large = ["--config.model.d_model=16384", "--config.model.layers=4096"]
+    done = run("--topology=h100:1x2", "--config.optimizer.name=adamw", f"--output={tmp_path}", "--search", *large)
+    assert done.returncode == 0, done.stderr
+    assert "nothing fits" in done.stderr
+    assert not (tmp_path / "best.flags").exists()
+    assert not json.loads((tmp_path / "plan.json").read_text())["plan"]["fits"]
+
+
 def test_a_plan_of_serving_takes_no_flag_of_training():
     done = run("--topology=h100:1x2", "--what=tick")
     assert done.returncode == 0, done.stderr

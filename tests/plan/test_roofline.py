@@ -1,5 +1,7 @@
 """Times against arithmetic done by hand."""
 
+import contextlib
+
 import pytest
 
 from tmljax import config
@@ -52,6 +54,19 @@ def test_later_axes_choose_their_torus_dims_first():
     lying = {axis: runs for axis, runs in placed.items() if runs}
     assert lying == {"fsdp": (Run(4, True),), "expert": (Run(8, True), Run(8, True))}
     assert runs_of(find_slice("v5p:2x2x1"), axes(fsdp=2, expert=2))["expert"] == (Run(2, False),)
+
+
+def test_rings_close_in_whole_cubes_and_along_sixteen_of_a_square():
+    assert runs_of(find_slice("v5p:2x2x4"), axes(fsdp=4, expert=4))["expert"] == (Run(4, False),)
+    assert runs_of(find_slice("v5p:4x4x4"), axes(fsdp=16, expert=4))["expert"] == (Run(4, True),)
+    lying = runs_of(find_slice("v5e:8x16"), axes(fsdp=8, expert=16))
+    assert (lying["fsdp"], lying["expert"]) == ((Run(8, False),), (Run(16, True),))
+
+
+@pytest.mark.parametrize(("name", "made"), [("v4:16x16x16", True), ("v4:16x16x20", False), ("v5p:16x16x24", True)])
+def test_no_slice_is_larger_than_its_pod(name, made):
+    with contextlib.nullcontext() if made else pytest.raises(config.UserError, match="no slice of v4 has this shape"):
+        assert find_slice(name).chips
 
 
 def test_what_waits_is_added_and_the_rest_is_as_long_as_its_longest_part():

@@ -53,6 +53,31 @@ def test_a_search_without_time_compiles_one(small):
     assert len(compiled) == 1
 
 
+def test_what_compiles_too_large_is_not_the_best_though_nothing_else_was_compiled(small):
+    """The compiler finds twice what the formula did: first comes what twice the formula leaves room for, the fastest of
+    it; where time allows, that is compiled next."""
+    totals = [f.memory.total for f in candidates(small, WHERE)]
+    narrow = dataclasses.replace(WHERE, chip=dataclasses.replace(WHERE.chip, memory=2.02 * min(totals)))
+
+    def confirm(setting):
+        compiled.append(setting)
+        forecast = by_formula(setting)
+        return dataclasses.replace(forecast, memory=type(forecast.memory)(*(2 * x for x in forecast.memory)))
+
+    compiled, said = [], []
+    ranked = search(small, narrow, confirm, 0, said.append)
+    assert len(compiled) == 1
+    assert compiled[0] not in [ranked[0].setting]
+    assert 2 * ranked[0].memory.total <= narrow.chip.memory
+    assert ranked[0].sources["memory"] == "formula"
+    assert "none that was compiled fits" in said[-1]
+
+    compiled = []
+    again = search(small, narrow, confirm, 60, said.append)
+    assert again[0].fits
+    assert again[0].setting == compiled[1] == ranked[0].setting
+
+
 def test_axes_along_parts_of_a_torus_dim_are_left_out():
     where = find_slice("v5p:4x8x8")
     assert lies_whole(config.Mesh(data=1, fsdp=64, expert=4), where)
@@ -96,9 +121,34 @@ def test_serving_by_hand(small):
     assert serving.by_memory == int((16e9 * 0.95 - serving.weight_bytes) / serving.session_bytes)
     turns = [serving.turn(n).seconds for n in (1, 10, 1000)]
     assert turns == sorted(turns)
-    assert serving.turn(serving.by_time).seconds <= 0.2 < serving.turn(serving.by_time + 1).seconds or (
-        serving.by_time == 2 * serving.by_memory
-    )
+    slow = dataclasses.replace(alone, chip=dataclasses.replace(alone.chip, memory_bandwidth=2e9, flops=1e11))
+    late = Serving(Setting(small, slow, dict.fromkeys(AXES, 1)))
+    assert 10 < late.by_time < late.by_memory
+    assert late.turn(late.by_time).seconds <= 0.2 < late.turn(late.by_time + 1).seconds
+
+
+def test_what_a_turn_reads_and_moves_by_hand(small):
+    """Chosen experts alone are read, everything else whole; tensor neighbours add up twice a layer."""
+    model, stream, alone = small.model, small.stream, find_slice("v5e:1x1")
+    moe = dataclasses.replace(model.moe, experts=64, top_k=2, tick_matmul="gathered")
+    sparse = dataclasses.replace(small, model=dataclasses.replace(model, moe=moe))
+    serving = Serving(Setting(sparse, alone, dict.fromkeys(AXES, 1)))
+    D, L, width = model.d_model, model.layers, 4
+    attention = 2 * D * (model.heads + model.kv_heads) * model.head_dim
+    dense = L * ((attention + 3 * D * moe.shared_width) * width + D * moe.experts * 4)
+    routed = L * 3 * moe.experts * D * moe.expert_width * width * (1 - (1 - 2 / 64) ** 5)
+    read = (dense + routed + serving.session_bytes) / (alone.chip.memory_bandwidth * 0.85)
+    assert serving.one_pass(1, 5).memory == pytest.approx(read)
+    layout = serving.setting.layout
+    text, flow = (serving.held[name] for name in ("text heads", "flow head"))
+    heads = layout.model_text * text + model.flow.steps * layout.model_audio * flow
+    assert serving.heads(3).memory == pytest.approx(heads / (alone.chip.memory_bandwidth * 0.85))
+
+    pair = dict.fromkeys(AXES, 1) | {"tensor": 2}
+    split = Serving(Setting(small, find_slice("v5e:2x2"), pair | {"data": 2}))
+    sums = 2 * L * 3 * 5 * D * width  # both halves of a layer, of 5 positions of 3 sessions; there and back
+    assert split.one_pass(3, 5).links == pytest.approx(sums / alone.chip.link)
+    assert stream.frames_per_slot * layout.model_audio >= 1
 
 
 def test_weights_weigh_what_a_tick_holds(small):

@@ -23,7 +23,7 @@ from tmljax.plan.setting import Setting
 
 COMPILER, FORMULA, BOTH = "compiler", "formula", "compiler, and by formula what kernels read again"
 DISK = 1e9  # bytes/s that a host writes to its checkpoint storage; an assumption
-HOST = 4  # chips that share a host
+HOST = 4  # chips of a TPU slice that share a host
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,9 @@ class Forecast:
     @property
     def checkpoint_seconds(self) -> float:
         """Every host writes its share."""
-        return self.checkpoint_bytes / (DISK * max(1, self.setting.where.chips / HOST))
+        where = self.setting.where
+        hosts = where.shape[0] if where.chip.kind == "gpu" else max(1, where.chips / HOST)
+        return self.checkpoint_bytes / (DISK * hosts)
 
 
 def by_formula(setting: Setting, **asked: float | None) -> Forecast:

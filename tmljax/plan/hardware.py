@@ -1,7 +1,8 @@
 """The machines that a plan can be made for: chips, slices of them, and the links along each mesh axis.
 
 Numbers are the makers' (cloud.google.com/tpu/docs, NVIDIA data sheets); the speed of an ICI link is what collectives
-reach on it according to "How to Scale Your Model" (jax-ml.github.io/scaling-book). FLOP/s are dense bfloat16.
+reach on it according to "How to Scale Your Model" (jax-ml.github.io/scaling-book). FLOP/s are dense bfloat16. Memory
+of TPUs is in GB where some pages say GiB: what there may be beyond it is left to the runtime.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ class Chip:
     host_link: float  # each chip's share of the network between hosts or slices, one way
     kind: Literal["tpu", "gpu"] = "tpu"
     dims: int = 3  # of the torus
-    wraps_at: int = 4  # rings close along dims that are a multiple of this
+    wraps_at: int = 4  # rings close along dims that are a multiple of this; of three dims, where all of them are
+    largest: int = 9216  # chips in a slice
     devices: int = 1  # JAX devices that a chip of this name is
 
     @property
@@ -36,16 +38,16 @@ class Chip:
         n = self.devices
         return Chip(
             self.name, self.flops / n, self.memory / n, self.memory_bandwidth / n, self.link / n, self.host_link / n,
-            self.kind, self.dims, self.wraps_at, 1,
+            self.kind, self.dims, self.wraps_at, self.largest, 1,
         )  # fmt: skip
 
 
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", 275e12, 32e9, 1.228e12, 4.5e10, 3.1e9),
+        Chip("v4", 275e12, 32e9, 1.228e12, 4.5e10, 3.1e9, largest=4096),
         Chip("v5e", 197e12, 16e9, 8.19e11, 4.5e10, 3.1e9, dims=2, wraps_at=16),
-        Chip("v5p", 459e12, 95e9, 2.765e12, 9e10, 6.2e9),
+        Chip("v5p", 459e12, 95e9, 2.765e12, 9e10, 6.2e9, largest=6144),
         Chip("v6e", 918e12, 32e9, 1.64e12, 9e10, 1.25e10, dims=2, wraps_at=16),
         Chip("tpu7x", 2307e12, 192e9, 7.37e12, 9e10 * 2, 1.25e10, devices=2),
         Chip("a100", 312e12, 80e9, 2.04e12, 3e11, 2.5e10, "gpu"),
@@ -66,7 +68,6 @@ SHAPES = {
 
 
 PARTS = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")  # of a cube of 4
-LARGEST = 9216  # chips of a pod, of the kinds whose torus has three dims
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,9 @@ def is_made(chip: Chip, shape: tuple[int, ...]) -> bool:
     name = "x".join(map(str, shape))
     if chip.dims == 2:
         return name in SHAPES[chip.name]
-    of_cubes = all(size % 4 == 0 for size in shape) and list(shape) == sorted(shape) and math.prod(shape) <= LARGEST
+    of_cubes = (
+        all(size % 4 == 0 for size in shape) and list(shape) == sorted(shape) and math.prod(shape) <= chip.largest
+    )
     return name in PARTS or of_cubes
 
 
@@ -179,7 +182,8 @@ def gpu_runs(where: Slice, axes: Mapping[str, int]) -> dict[str, tuple[Run, ...]
 
 
 def is_ring(where: Slice, dim: int) -> bool:
-    return dim < len(where.shape) and where.shape[dim] % where.chip.wraps_at == 0
+    closed = [size % where.chip.wraps_at == 0 for size in where.shape]
+    return dim < len(where.shape) and (all(closed) if where.chip.dims == 3 else closed[dim])
 
 
 def split_runs(free: dict[int, int], size: int) -> tuple[Run, ...]:

@@ -80,11 +80,28 @@ def rows(setting: Setting) -> float:
 
 def layer_weights(setting: Setting) -> float:
     """One layer's weights as they are gathered for use, in the dtype of the activations."""
-    model, tensor = setting.experiment.model, setting.axes["tensor"]
-    moe, D = model.moe, model.d_model
-    routed = 3 * moe.experts / setting.axes["expert"] * D * moe.expert_width
-    dense = 2 * D * (model.heads + model.kv_heads) * model.head_dim + 3 * D * moe.shared_width
-    return (routed + dense) / tensor * setting.width + D * moe.experts * 4
+    return routed_weights(setting) + dense_weights(setting)
+
+
+def routed_weights(setting: Setting) -> float:
+    """Those of its routed experts on a device."""
+    moe, axes = setting.experiment.model.moe, setting.axes
+    return (
+        3
+        * moe.experts
+        * setting.experiment.model.d_model
+        * moe.expert_width
+        * setting.width
+        / axes["expert"]
+        / axes["tensor"]
+    )
+
+
+def dense_weights(setting: Setting) -> float:
+    """Those that every position uses, and the router, which is in float32."""
+    model, D = setting.experiment.model, setting.experiment.model.d_model
+    dense = 2 * D * (model.heads + model.kv_heads) * model.head_dim + 3 * D * model.moe.shared_width
+    return dense / setting.axes["tensor"] * setting.width + D * model.moe.experts * 4
 
 
 def at_experts(setting: Setting) -> float:

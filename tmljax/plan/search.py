@@ -80,22 +80,32 @@ def search(
     say: Callable[[str], None],
     **asked: float | None,
 ) -> list[Forecast]:
-    """The best first. `confirm` compiles; as many of the best as `seconds` allow, one at least."""
+    """The best first. `confirm` compiles; as many of the best as `seconds` allow, one at least.
+
+    Where the compiler finds more than the formula did, the next to be compiled are those with room for as much more;
+    where none that was compiled fits, those come first, unconfirmed.
+    """
     ranked, since = candidates(experiment, where, **asked), time.monotonic()
     say(f"{len(ranked)} meshes and remat policies by formula; {sum(f.fits for f in ranked)} fit")
     if confirm is None:
         return ranked
-    confirmed, longest = [], 0.0
-    for index, forecast in enumerate(ranked):
+    confirmed, longest, room = list[Forecast](), 0.0, ROOM
+    while ranked:
         left = seconds - (time.monotonic() - since)
-        if confirmed and (left < 1.2 * longest or (index >= 3 and any(f.fits for f in confirmed))):
+        if confirmed and (left < 1.2 * longest or (len(confirmed) >= 3 and any(f.fits for f in confirmed))):
             break
-        say(f"compiling {index + 1}: {describe(forecast)} ({max(left, 0):.0f} s left)")
+        forecast, *ranked = ranked
+        say(f"compiling {len(confirmed) + 1}: {describe(forecast)} ({max(left, 0):.0f} s left)")
         started = time.monotonic()
         confirmed.append(confirm(forecast.setting))
         longest = max(longest, time.monotonic() - started)
         say(f"  {describe(confirmed[-1])}")
-    return [*rank(confirmed), *ranked[len(confirmed) :]]
+        room = max(room, 1 - forecast.memory.total / confirmed[-1].memory.total)
+        ranked = rank(ranked, room)
+    hopeful = [] if any(f.fits for f in confirmed) else [f for f in ranked if f.spare >= room]
+    if hopeful:
+        say("none that was compiled fits; the first is by formula, with room for as much more as the compiler found")
+    return [*hopeful, *rank(confirmed), *ranked[len(hopeful) :]]
 
 
 def describe(forecast: Forecast) -> str:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from tmljax.config import Experiment, Mesh, UserError
 from tmljax.plan.hardware import Slice, runs_of
-from tmljax.plan.memory import layer_weights
+from tmljax.plan.memory import dense_weights, routed_weights
 from tmljax.plan.parts import add_bytes, by_part, count_parts
 from tmljax.plan.roofline import MATMUL_SHARE, MEMORY_SHARE, Traffic, collective_seconds
 from tmljax.plan.search import divisors, lies_whole
@@ -71,12 +71,17 @@ class Serving:
     def parts(self) -> dict[str, int]:
         return {part.name: part.total for part in count_parts(self.setting.definition)}
 
+    @cached_property
+    def held(self) -> dict[str, float]:
+        """Bytes of each part's weights."""
+        return {part: add_bytes(leaves) for part, leaves in by_part(self.setting.shapes.held).items()}
+
     @property
     def weight_bytes(self) -> float:
         """Of a device."""
-        held = {part: add_bytes(leaves) for part, leaves in by_part(self.setting.shapes.held).items()}
-        held["routed experts"] /= self.setting.axes["expert"]
-        return sum(held.values()) / self.setting.axes["tensor"]
+        routed = self.held["routed experts"]
+        there = sum(self.held.values()) - routed + routed / self.setting.axes["expert"]
+        return there / self.setting.axes["tensor"]
 
     @property
     def session_bytes(self) -> float:
@@ -115,7 +120,7 @@ class Serving:
 
     def turn(self, sessions: int) -> Turn:
         """Of so many sessions a device."""
-        parts = [self.one_pass(sessions, n) for n in self.passes()]
+        parts = [*(self.one_pass(sessions, n) for n in self.passes()), self.heads(sessions)]
         return Turn(*(sum(times) for times in zip(*parts, strict=True)))
 
     def one_pass(self, sessions: int, n: int) -> Turn:
@@ -132,12 +137,29 @@ class Serving:
         matmul = (layers * worked * per_expert + dense + attention) / (chip.flops * MATMUL_SHARE)
 
         chosen = 1.0 if moe.tick_matmul == "every" else 1 - (1 - moe.top_k / moe.experts) ** crowd
-        weights = layers * layer_weights(setting) * max(chosen, 1 / mine)  # all of a layer's are on this device
+        weights = layers * (dense_weights(setting) + routed_weights(setting) * max(chosen, 1 / mine))
         memory = (weights + sessions * self.session_bytes) / (chip.memory_bandwidth * MEMORY_SHARE)
 
-        moved = Traffic("expert", "all-gather", crowd * model.d_model * setting.width * layers, True)
-        runs = runs_of(setting.where, axes)["expert"]
-        return Turn(matmul, memory, 2 * collective_seconds(moved, axes["expert"], runs, setting.where))
+        mixed, runs = fresh * model.d_model * setting.width * layers, runs_of(setting.where, axes)
+        moved = (
+            Traffic("expert", "all-gather", 2 * mixed * axes["expert"], 1.0),
+            Traffic("tensor", "all-reduce", 2 * mixed, 1.0),
+        )
+        return Turn(
+            matmul, memory, sum(collective_seconds(t, axes[t.axis], runs[t.axis], setting.where) for t in moved)
+        )
+
+    def heads(self, sessions: int) -> Turn:
+        """Text heads once for each token, the flow head for each of its steps towards a slot of speech."""
+        setting, flow = self.setting, self.setting.experiment.model.flow
+        layout, chip, tensor = setting.layout, setting.where.chip, setting.axes["tensor"]
+        times = {"text heads": layout.model_text, "flow head": flow.steps * layout.model_audio}
+        places = {"text heads": 1, "flow head": setting.experiment.stream.frames_per_slot}  # at once, of a session
+        flops = sum(2 * sessions * places[head] * times[head] * self.parts[head] for head in times)
+        read = sum(times[head] * self.held[head] for head in times)
+        return Turn(
+            flops / tensor / (chip.flops * MATMUL_SHARE), read / tensor / (chip.memory_bandwidth * MEMORY_SHARE), 0.0
+        )
 
     def as_json(self) -> dict[str, Any]:
         here = min(self.by_memory, self.by_time)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from tmljax.model.block import tile_rows
 from tmljax.ops import experts, splash
-from tmljax.plan.memory import layer_weights, rows
+from tmljax.plan.memory import dense_weights, layer_weights, routed_weights, rows
 from tmljax.plan.roofline import Traffic, Work
 from tmljax.plan.setting import Setting, shard_bytes
 from tmljax.stream.microturn import Layout
@@ -191,8 +191,7 @@ def link_traffic(setting: Setting) -> list[Traffic]:
     model, axes = setting.experiment.model, setting.axes
     steps = model.layers * setting.experiment.optimizer.accumulate
     passes, width = PASSES[model.remat], setting.width
-    routed = 3 * model.moe.experts / axes["expert"] * model.d_model * model.moe.expert_width / axes["tensor"] * width
-    dense = layer_weights(setting) - routed
+    routed, dense = routed_weights(setting), dense_weights(setting)
     copies = "+".join(axis for axis in ("data", "context") if axes[axis] > 1) or "data"  # have the same parameters
     mixed = setting.positions * model.d_model * width
     traffic = [
