@@ -66,7 +66,7 @@ def test_a_device_is_given_its_shards_and_nothing_else(setting, compiled):
 
 
 def test_no_parameter_is_gathered_for_all_layers_at_once(setting, compiled):
-    assert inspect.gathered_layers(compiled.program, setting.experiment.model.layers) == []
+    assert inspect.gathered_layers(compiled.program, setting) == []
 
 
 def test_every_layer_gathers_its_own_weights_and_tokens(compiled, setting):

@@ -3,6 +3,9 @@
 import pytest
 
 from tmljax.plan import hlo
+from tmljax.plan.hardware import find_slice
+from tmljax.plan.inspect import gathered_layers
+from tmljax.plan.setting import settle
 
 TEXT = """\
 HloModule jit_f, is_scheduled=true
@@ -218,3 +221,10 @@ def test_a_collective_under_products_counts_once_and_nobody_waits_for_it():
     assert (gather.operation, gather.bytes, gather.times, gather.waits) == ("all-gather", 16 * 8 * 2, 1, False)
     shard, gathered, row = 4 * 8 * 2, 16 * 8 * 2, 2 * 8 * 2
     assert program.traffic_bytes() == shard + (shard + gathered) + (row + row)
+
+
+@pytest.mark.parametrize(("shape", "seen"), [("2,64,64", 1), ("128,64", 1), ("64,64", 0), ("12,8,4", 0)])
+def test_a_parameter_that_is_gathered_for_all_layers_is_seen_in_any_shape(small, shape, seen):
+    """Of two layers of 64 x 64, not of one."""
+    text = TEXT.replace("bf16[12,8,4]{2,1,0} all-gather", f"bf16[{shape}]{{1,0}} all-gather")
+    assert len(gathered_layers(hlo.read(text), settle(small, find_slice("v5p:2x2x1")))) == seen

@@ -57,7 +57,7 @@ def test_later_axes_choose_their_torus_dims_first():
 
 
 def test_rings_close_in_whole_cubes_and_along_sixteen_of_a_square():
-    assert runs_of(find_slice("v5p:2x2x4"), axes(fsdp=4, expert=4))["expert"] == (Run(4, False),)
+    assert runs_of(find_slice("v5p:2x2x4"), axes(fsdp=4, expert=4))["fsdp"] == (Run(4, False),)
     assert runs_of(find_slice("v5p:4x4x4"), axes(fsdp=16, expert=4))["expert"] == (Run(4, True),)
     lying = runs_of(find_slice("v5e:8x16"), axes(fsdp=8, expert=16))
     assert (lying["fsdp"], lying["expert"]) == ((Run(8, False),), (Run(16, True),))

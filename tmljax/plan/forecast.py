@@ -115,8 +115,7 @@ def by_compiler(setting: Setting, compiled: Compiled, **asked: float | None) -> 
     if compiled.program is None:
         return forecast
     complaints = [
-        f"{c.operation} of {c.shape} outside the scan over layers"
-        for c in gathered_layers(compiled.program, setting.experiment.model.layers)
+        f"{c.operation} of {c.shape} outside the scan over layers" for c in gathered_layers(compiled.program, setting)
     ] + [f"{name} is not split over all devices" for name in replicated(setting)]
     again = by_work.kernel_traffic(setting)
     work = Work(forecast.work.flops, compiled.program.traffic_bytes() + again, gather_traffic(compiled, setting))

@@ -12,13 +12,13 @@ from tmljax.plan.setting import Setting
 LARGE = 2**23  # numbers of a parameter, beyond which a second copy matters
 
 
-def gathered_layers(program: Program, layers: int) -> list[Collective]:
-    """Gathers outside the scan over layers of what is stacked over layers: all of a parameter at once."""
-    return [
-        c
-        for c in program.collectives()
-        if c.operation == "all-gather" and c.times == 1 and len(c.shape) > 2 and c.shape[0] == layers
-    ]
+def gathered_layers(program: Program, setting: Setting) -> list[Collective]:
+    """Gathers outside the scan over layers of what is stacked over layers: all of a parameter at once, in whatever
+    shape."""
+    layers, leaves = setting.experiment.model.layers, jax.tree.leaves(setting.state.params)
+    stacked = {leaf.size for leaf in leaves if leaf.ndim > 2 and leaf.shape[0] == layers}
+    once = [c for c in program.collectives() if c.operation == "all-gather" and c.times == 1]
+    return [c for c in once if (len(c.shape) > 2 and c.shape[0] == layers) or math.prod(c.shape) in stacked]
 
 
 def replicated(setting: Setting, large: int = LARGE) -> list[str]:
