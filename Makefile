@@ -19,7 +19,7 @@ $(BIN)/.installed: pyproject.toml constraints.txt
 quickstart: $(BIN)/.installed  ## data, training, evaluation, a streamed conversation, an export; names the report
 	PYTHON=$(BIN)/python launch/quickstart.sh quickstart $(RUN)
 
-demo: $(BIN)/.installed  ## the same with the demo model: 40 to 45 minutes of training on two cores
+demo: $(BIN)/.installed  ## the same with the demo model: some 45 minutes of training on two cores
 	PYTHON=$(BIN)/python launch/quickstart.sh demo runs/demo
 
 smoke: $(BIN)/.installed  ## the same in miniature, to see that every part works: two minutes

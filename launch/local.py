@@ -335,4 +335,6 @@ def at(when: float) -> str:
 
 if __name__ == "__main__":
     define_flags()
-    sys.exit(starter.run(main))
+    code = starter.run(main)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # all hosts have ended
+    sys.exit(code)

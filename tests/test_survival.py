@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -248,8 +249,7 @@ def train_for_real(folder: Path, hosts: int = 2, **changes: object) -> subproces
     return supervise([f"--hosts={hosts}", "--devices-per-host=2", "--max-restarts=1"], verb, {})
 
 
-def train_until_data_is_built(folder: Path, hosts: int) -> subprocess.Popen:
-    process = train_for_real(folder, hosts)
+def until_data_is_built(process: subprocess.Popen, folder: Path) -> subprocess.Popen:
     while not list(folder.glob("data/*/.staging/*.json")):
         assert process.poll() is None
         time.sleep(0.01)
@@ -268,24 +268,25 @@ def host_of(supervisor: subprocess.Popen, index: int) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("hosts", [2, 4])
 def test_the_real_model_and_the_end_of_a_host_while_its_dataset_is_built(tmp_path, hosts):
-    undisturbed = train_for_real(tmp_path / "straight", hosts)
+    train = partial(train_for_real, hosts=hosts, **{"data.batch": 2 * hosts})
+    undisturbed = train(tmp_path / "straight")
     said, _ = undisturbed.communicate(timeout=1200)
     assert undisturbed.returncode == 0, said
     for index in (0, hosts - 1):
         folder = tmp_path / str(index)
-        process = train_until_data_is_built(folder, hosts)
+        process = until_data_is_built(train(folder), folder)
         os.kill(host_of(process, index), signal.SIGKILL)
         said, _ = process.communicate(timeout=1200)
         assert process.returncode == 0, said
         assert f"host {index} was ended by SIGKILL, last heard of at building the dataset" in said
         assert rows(folder / "run") == rows(tmp_path / "straight" / "run")
 
-    asked = train_until_data_is_built(tmp_path / "asked", hosts)
+    asked = until_data_is_built(train(tmp_path / "asked"), tmp_path / "asked")
     asked.send_signal(signal.SIGTERM)
     said, _ = asked.communicate(timeout=60)
     assert asked.returncode == 0, said
     assert "asked to leave, with nothing to save" in said
-    again = train_for_real(tmp_path / "asked", hosts)
+    again = train(tmp_path / "asked")
     said, _ = again.communicate(timeout=1200)
     assert again.returncode == 0, said
     assert rows(tmp_path / "asked" / "run") == rows(tmp_path / "straight" / "run")

@@ -97,6 +97,7 @@ def leaving() -> Iterator[None]:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code if isinstance(code, int) else 1)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of others Python lets go while it ends, and the process would die
     sys.exit(code)
 
 
