@@ -40,7 +40,12 @@ ONLY = {
     "tmljax.stream": {"tmljax.config", "tmljax.files"},
     "tmljax.ops": {"tmljax.sharding"},  # arrays and static ints, no config objects
     "configs": {"tmljax.config"},
-    "data_pipelines": {"tmljax.config", "tmljax.files", "tmljax.stream"},  # a loader worker initialises no device
+    "data_pipelines": {
+        "tmljax.config",
+        "tmljax.files",
+        "tmljax.pulse",
+        "tmljax.stream",
+    },  # a loader worker initialises no device
 }
 
 # Other people's packages, where not everything will do.
