@@ -85,16 +85,9 @@ def layer_weights(setting: Setting) -> float:
 
 def routed_weights(setting: Setting) -> float:
     """Those of its routed experts on a device."""
-    moe, axes = setting.experiment.model.moe, setting.axes
-    return (
-        3
-        * moe.experts
-        * setting.experiment.model.d_model
-        * moe.expert_width
-        * setting.width
-        / axes["expert"]
-        / axes["tensor"]
-    )
+    model, axes = setting.experiment.model, setting.axes
+    of_one = 3 * model.d_model * model.moe.expert_width / axes["tensor"]
+    return model.moe.experts / axes["expert"] * of_one * setting.width
 
 
 def dense_weights(setting: Setting) -> float:
