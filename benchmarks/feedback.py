@@ -42,9 +42,7 @@ def define_flags() -> None:
 
 def main(argv: Sequence[str]) -> None:
     given = flags.FLAGS
-    experiment, tokenizer, params = checkpoint.load_for_serving(
-        given.workdir, checkpoint.latest_complete(given.workdir)
-    )
+    _, experiment, tokenizer, params = checkpoint.load_for_serving(given.workdir)
     model, split = Definition(experiment.stream, experiment.model), open_split(experiment, "test")
     for family in given.suite:
         sessions = [s for s in (split[i] for i in range(len(split))) if s.family == family][: given.limit]

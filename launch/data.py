@@ -10,7 +10,6 @@ Apache Beam, which must see config.data.root:
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Sequence
 
@@ -34,7 +33,7 @@ def main(argv: Sequence[str]) -> None:
     given = flags.FLAGS
     if given.beam_options and given.runner != "beam":
         raise UserError("--beam_options is for --runner=beam")
-    options = shlex.split(given.beam_options) if given.runner == "beam" else None
+    options = verb.words_of("beam_options") if given.runner == "beam" else None
     experiment = verb.experiment()
     manifests = manifest.recorded(experiment.data.recordings)
     own_tokenizer(experiment)

@@ -88,8 +88,6 @@ class Options:
 
 
 def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise UserError(f"{argv[1]!r} is not a flag; see --help")
     verb.refuse_file("output")
     given = {f.name: flags.FLAGS[f.name].value for f in dataclasses.fields(Options) if f.name in flags.FLAGS}
     evaluate(Options(**given | {"overrides": verb.overrides(DATA)}))

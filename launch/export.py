@@ -18,7 +18,6 @@ from absl import flags
 
 from launch import verb
 from tmljax import checkpoint
-from tmljax.config import UserError
 from tmljax.serve import export
 
 
@@ -30,8 +29,6 @@ def define_flags() -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise UserError(f"{argv[1]!r} is not a flag; see --help")
     given = flags.FLAGS
     export_workdir(given.workdir, given.output, given.sessions, given.step, verb.overrides())
 
@@ -41,8 +38,7 @@ def export_workdir(
 ) -> dict:
     """The verb; returns the manifest."""
     export.refuse_foreign(Path(os.path.abspath(output)))
-    chosen = checkpoint.choose_step(workdir, step)
-    trained, tokenizer, params = checkpoint.load_for_serving(workdir, chosen)
+    chosen, trained, tokenizer, params = checkpoint.load_for_serving(workdir, step)
     experiment = verb.adapt(trained, overrides)
     name = os.path.basename(os.path.abspath(workdir))
     manifest = export.export(output, experiment, tokenizer, params, step=chosen, name=name, sessions=sessions)

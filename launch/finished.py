@@ -41,4 +41,4 @@ def matters(argument: str) -> bool:
 
 if __name__ == "__main__":
     define_flags()
-    sys.exit(verb.run(main, list(filter(matters, verb.rewrite_overrides(sys.argv)))))
+    sys.exit(verb.run(main, keep=matters))

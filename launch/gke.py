@@ -59,7 +59,7 @@ class Job(NamedTuple):
 
 
 def main(argv: Sequence[str]) -> int:
-    command, given = starter.command(argv), flags.FLAGS
+    command, given = starter.command(), flags.FLAGS
     if not NAME.fullmatch(given.name):
         raise UserError(f"--name={given.name} must be at most 40 of a-z, 0-9 and -, beginning with a letter")
     job = Job(

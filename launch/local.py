@@ -76,8 +76,6 @@ class Failure(NamedTuple):
 
 
 def main(argv: Sequence[str]) -> int:
-    if len(argv) > 1:
-        raise UserError(f"{argv[1]!r} is not a flag; see --help")
     command = tuple(sys.argv[sys.argv.index("--") + 1 :]) if "--" in sys.argv else ()
     if not command:
         raise UserError("there is nothing to run: end with -- python -m launch.train --config=... --workdir=...")

@@ -4,8 +4,8 @@
 
 The real training step is compiled for that slice with no accelerator present, which takes libtpu: pip install
 'tmljax[tpu]'. --method=formula does without, and is all there is for GPUs (--topology=h200:8x8, nodes x GPUs).
---search tries the meshes and remat policies that make sense and writes the best as best.flags, which any verb takes:
---flagfile=DIR/best.flags. --what=tick says, by formula, how many live sessions the slice would serve.
+--search tries the meshes and remat policies that make sense and writes the best as best.flags, for this verb and
+launch.train: --flagfile=DIR/best.flags. --what=tick says, by formula, how many live sessions the slice would serve.
 """
 
 from __future__ import annotations
@@ -41,8 +41,6 @@ def define_flags() -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    if len(argv) > 1:
-        raise UserError(f"{argv[1]!r} is not a flag; see --help")
     for name in ("price", "tokens"):
         if not math.isfinite(flags.FLAGS[name].value or 0):
             raise UserError(f"--{name}={flags.FLAGS[name].value} must be a finite number")

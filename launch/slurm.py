@@ -16,7 +16,7 @@ from pathlib import Path
 
 from absl import flags
 
-from launch import starter
+from launch import starter, verb
 
 SCRIPT = Path(__file__).with_name("slurm.sh")
 
@@ -31,7 +31,7 @@ def define_flags() -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    command, given = starter.command(argv), flags.FLAGS
+    command, given = starter.command(), flags.FLAGS
     return starter.Shell.of_flags().run(
         "sbatch",
         f"--job-name={given.name}",
@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
         "--requeue",
         f"--signal=TERM@{given.grace}",
         f"--chdir={SCRIPT.parents[1]}",
-        *starter.words_of("sbatch"),
+        *verb.words_of("sbatch"),
         str(SCRIPT),
         str(given.restarts),
         *command.words(),

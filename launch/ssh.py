@@ -45,7 +45,7 @@ class Remote(NamedTuple):
 
 
 def main(argv: Sequence[str]) -> int:
-    command, given = starter.command(argv), flags.FLAGS
+    command, given = starter.command(), flags.FLAGS
     hosts = [host.strip() for host in given.hosts if host.strip()]
     if not hosts or len(set(hosts)) < len(hosts):
         raise UserError(f"--hosts={','.join(given.hosts)} must name each host once")

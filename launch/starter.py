@@ -49,24 +49,13 @@ class Command(NamedTuple):
         return self.words("launch.finished")
 
 
-def words_of(flag: str) -> list[str]:
-    """The words of a flag that holds options of another program. Raises UserError where a quotation does not end."""
-    value = flags.FLAGS[flag].value
-    try:
-        return shlex.split(value)
-    except ValueError as e:
-        raise UserError(f"--{flag}={value} is no list of words: {e}") from None
-
-
 def run(main: Callable[[Sequence[str]], int | None]) -> int:
     """As `verb.run`, with what stands behind `--` left to `command`."""
     return verb.run(main, sys.argv[: sys.argv.index("--")] if "--" in sys.argv else sys.argv)
 
 
-def command(argv: Sequence[str]) -> Command:
-    """What stands behind `--` on the command line; `argv` is what of the starter's own is no flag."""
-    if len(argv) > 1:
-        raise UserError(f"{argv[1]!r} is not a flag; see --help")
+def command() -> Command:
+    """What stands behind `--` on the command line."""
     match sys.argv[sys.argv.index("--") + 1 :] if "--" in sys.argv else []:
         case [python, "-m", "launch.train", *rest]:
             return Command(python, tuple(rest))

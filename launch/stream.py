@@ -48,8 +48,6 @@ def define_flags() -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise UserError(f"{argv[1]!r} is not a flag; see --help")
     given = flags.FLAGS
     cluster.enable_compile_cache()
     stream(

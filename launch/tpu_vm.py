@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from absl import flags
 
-from launch import starter
+from launch import starter, verb
 from launch.ssh import process
 
 FOLDER = "tmljax"  # in the home of each worker
@@ -45,8 +45,8 @@ def define_flags() -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    command, given = starter.command(argv), flags.FLAGS
-    starter.words_of("create")
+    command, given = starter.command(), flags.FLAGS
+    verb.words_of("create")
     tpu = TpuVm(starter.Shell.of_flags(), given.name, given.zone)
     began = False
     tpu.shell.check("gcloud", "compute", "tpus", "tpu-vm", "list", f"--zone={given.zone}", "--format=none")
@@ -114,7 +114,7 @@ def prepare(tpu: TpuVm) -> int:
             starter.say(f"{tpu.name} is {state}; it is made anew")
             tpu.shell.run(*tpu.words("delete", "--quiet"))
         kind = (f"--accelerator-type={given.type}", f"--version={given.version}")
-        code = tpu.shell.run(*tpu.words("create", *kind, *starter.words_of("create")))
+        code = tpu.shell.run(*tpu.words("create", *kind, *verb.words_of("create")))
         if code:
             return code
     elif not given.renew and tpu.run_line("all", f"test -e {FOLDER}/{INSTALLED}") == 0:

@@ -27,7 +27,7 @@ from tmljax import checkpoint, cluster, pulse
 from tmljax.config import Experiment, UserError
 from tmljax.model.interaction import Definition
 from tmljax.serve import bundle
-from tmljax.sharding import check, make_mesh, process_rows
+from tmljax.sharding import check, make_mesh, param_shardings, process_rows
 from tmljax.stream.text import Tokenizer
 from tmljax.train.loop import Outcome, train
 from tmljax.train.objective import objective
@@ -41,8 +41,6 @@ def define_flags() -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    if len(argv) > 1:
-        raise UserError(f"{argv[1]!r} is not a flag; see --help")
     workdir = flags.FLAGS.workdir
     outcome = train_workdir(verb.experiment(), workdir, began=BEGAN, profile=flags.FLAGS.profile)
     if outcome.signal is None:
@@ -67,6 +65,8 @@ def train_workdir(
     cluster.enable_compile_cache()
     mesh = make_mesh(experiment.mesh)
     check(experiment, mesh)
+    model = Definition(experiment.stream, experiment.model)
+    param_shardings(mesh, model.axes(), model.abstract())  # refuses what the mesh does not divide
     rows = process_rows(mesh, experiment.data.batch)
     if bundle.is_export(workdir):
         raise UserError(f"--workdir={workdir} is an export, which training would destroy; name another folder")
@@ -77,7 +77,6 @@ def train_workdir(
         recordings.check(recorded, experiment)
     checkpoint.keep_config(workdir, experiment)  # what cannot be done has been refused, and leaves no trace
     tokenizer = prepare_data(experiment, workdir)
-    model = Definition(experiment.stream, experiment.model)
     with contextlib.closing(loader.train_loader(experiment, tokenizer, rows=rows)) as batches:
         return train(
             experiment,

@@ -6,6 +6,7 @@ A verb is a module with a docstring, `define_flags()` and `main(argv)`, started 
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import errno
@@ -14,6 +15,7 @@ import operator
 import os
 import re
 import select
+import shlex
 import signal
 import sys
 import traceback
@@ -59,7 +61,7 @@ SERVING = (
 
 
 def define_serving(more: Sequence[str] = ()) -> None:
-    """--step, for `tmljax.checkpoint.choose_step`, and --config.FIELD=VALUE for `adapt`, of SERVING and `more`."""
+    """--step, for `tmljax.checkpoint.load_for_serving`, and --config.FIELD=VALUE for `adapt`, of SERVING and `more`."""
     flags.DEFINE_string(
         "step",
         None,
@@ -108,9 +110,13 @@ def refuse_file(flag: str) -> None:
         raise UserError(f"--{flag}={path} is no folder; name one, or one that can be made")
 
 
-def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
-    """Runs a verb and returns its exit code: 2 and one line for a user's mistake, 130 after Ctrl-C, 141 where nobody
-    reads on."""
+def run(
+    main: Callable[[Sequence[str]], int | None],
+    argv: Sequence[str] | None = None,
+    keep: Callable[[str], bool] = lambda argument: True,
+) -> int:
+    """Runs a verb, with the arguments to `keep`, and returns its exit code: 2 and one line for a user's mistake, 130
+    after Ctrl-C, 141 where nobody reads on."""
     logging.set_verbosity(logging.FATAL)  # libraries log what they also raise
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see launch/__init__.py
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -119,7 +125,7 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
         print(help_text(main))
         return 0
     try:
-        return main(parse_flags(argv)) or 0
+        return main(parse_flags(list(filter(keep, rewrite_overrides(argv))))) or 0
     except UserError as e:
         return complain(str(e))
     except KeyboardInterrupt:
@@ -145,20 +151,33 @@ def abandoned(pipe: int) -> bool:
 
 def complain(message: str) -> int:
     if os.environ.get(MISTAKE):
-        Path(os.environ[MISTAKE]).touch()
+        with contextlib.suppress(OSError):  # whoever looks for it takes the mistake for a failure then
+            Path(os.environ[MISTAKE]).touch()
     print("error: " + " ".join(message.split()), file=sys.stderr)
     return 2
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
-    """Returns what is no flag. Raises UserError for unknown flags and impossible values."""
+    """Returns the name of the program. Raises UserError for unknown flags, impossible values and what is no flag."""
     try:
-        return flags.FLAGS(rewrite_overrides(argv))
+        program, *rest = flags.FLAGS(argv)
     except flags.Error as e:
         missing = re.search(r"--(\w+) must have a value other than None", str(e))
         if missing:
             raise UserError(f"--{missing[1]} is missing; see --help") from None
         raise UserError(f"{str(e).removeprefix('flag ')}; see --help") from None
+    if rest:
+        raise UserError(f"{rest[0]!r} is not a flag; see --help")
+    return [program]
+
+
+def words_of(flag: str) -> list[str]:
+    """The words of a flag that holds options of another program. Raises UserError where a quotation does not end."""
+    value = flags.FLAGS[flag].value
+    try:
+        return shlex.split(value)
+    except ValueError as e:
+        raise UserError(f"--{flag}={value} is no list of words: {e}") from None
 
 
 def rewrite_overrides(argv: Sequence[str]) -> list[str]:

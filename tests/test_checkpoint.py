@@ -106,22 +106,34 @@ def test_serving_gets_experiment_tokenizer_and_numpy_parameters(tmp_path):
     tokenizer = Tokenizer.train(["one two three", "four five"], 300)
     tokenizer.save(tmp_path / "tokenizer.json")
     save(tmp_path, (1, None), (2, None))
-    experiment, found, params = checkpoint.load_for_serving(tmp_path)
+    step, experiment, found, params = checkpoint.load_for_serving(tmp_path)
+    assert step == 2
     assert experiment == EXPERIMENT
     assert found.to_json() == tokenizer.to_json()
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(params))
     same(params, tree()[0])
-    same(checkpoint.load_for_serving(tmp_path, 1)[2], tree()[0])
 
 
 def test_a_step_is_chosen_by_number_by_its_loss_or_as_the_newest(tmp_path):
+    Tokenizer.train(["one two three", "four five"], 300).save(tmp_path / "tokenizer.json")
     save(tmp_path, (1, None))
     with pytest.raises(UserError, match=r"--step=best: no checkpoint of .* has a held-out loss"):
-        checkpoint.choose_step(tmp_path, "best")
+        checkpoint.load_for_serving(tmp_path, "best")
     save(tmp_path, (2, 1.0), (3, 2.0), keep=3)
-    assert [checkpoint.choose_step(tmp_path, step) for step in (None, "best", "1")] == [3, 2, 1]
+    assert [checkpoint.load_for_serving(tmp_path, step).step for step in (None, "best", "1")] == [3, 2, 1]
     with pytest.raises(UserError, match="--step=newest is neither a number nor best"):
-        checkpoint.choose_step(tmp_path, "newest")
+        checkpoint.load_for_serving(tmp_path, "newest")
+
+
+def test_serving_reads_the_arrays_once(tmp_path, monkeypatch):
+    Tokenizer.train(["one two three", "four five"], 300).save(tmp_path / "tokenizer.json")
+    save(tmp_path, (1, None), (2, 1.0))
+    for wanted in (None, "best", "2"):
+        read, real = [], checkpoint.read_params
+        monkeypatch.setattr(checkpoint, "read_params", lambda *where: (read.append(where), real(*where))[1])  # noqa: B023
+        checkpoint.load_for_serving(tmp_path, wanted)
+        monkeypatch.setattr(checkpoint, "read_params", real)
+        assert read == [(tmp_path, 2)]
 
 
 PASSING = [
@@ -143,7 +155,7 @@ def test_storage_that_does_not_answer_costs_no_checkpoint(tmp_path, monkeypatch)
     failing(monkeypatch, PASSING[0], times=100)
     for act in (
         lambda: checkpoint.resume(tmp_path, *[as_target(part) for part in tree()]),
-        lambda: checkpoint.latest_complete(tmp_path),
+        lambda: checkpoint.read_newest(tmp_path),
     ):
         with pytest.raises(UserError, match=r"checkpoint 2 of .* cannot be read at present") as e:
             act()
@@ -186,7 +198,7 @@ def test_serving_passes_a_damaged_checkpoint_over_and_says_so(tmp_path, capfd, h
     save(tmp_path, (1, None), (2, None))
     manifest = tmp_path / checkpoint.FOLDER / "2" / "params" / "manifest.ocdbt"
     damage(manifest if how == "gone" else biggest_file(manifest.parent / "d"), how)
-    assert checkpoint.latest_complete(tmp_path) == 1
+    assert checkpoint.read_newest(tmp_path)[0] == 1
     said = capfd.readouterr().err.strip().splitlines()
     assert len(said) == 1
     assert said[0].startswith("checkpoint 2 is damaged")
@@ -231,7 +243,7 @@ def test_when_all_are_damaged_nothing_is_touched_and_nothing_starts_anew(tmp_pat
         (tmp_path / checkpoint.FOLDER / step / "progress" / "metadata").write_text("{")
     for act in (
         lambda: checkpoint.resume(tmp_path, *[as_target(part) for part in tree()]),
-        lambda: checkpoint.latest_complete(tmp_path),
+        lambda: checkpoint.read_newest(tmp_path),
     ):
         with pytest.raises(UserError, match=r"checkpoint 2 of .* cannot be read .* nor can 1"):
             act()
@@ -241,7 +253,7 @@ def test_when_all_are_damaged_nothing_is_touched_and_nothing_starts_anew(tmp_pat
 def test_a_save_cut_short_is_removed_and_said_so(tmp_path, capfd):
     save(tmp_path, (1, None))
     (tmp_path / checkpoint.FOLDER / "2.orbax-checkpoint-tmp").mkdir()
-    assert checkpoint.latest_complete(tmp_path) == 1
+    assert checkpoint.read_newest(tmp_path)[0] == 1
     assert checkpoint.resume(tmp_path, *[as_target(part) for part in tree()]).step == 1
     assert "checkpoint 2 was being written" in capfd.readouterr().err
     assert [p.name for p in (tmp_path / checkpoint.FOLDER).iterdir()] == ["1"]
@@ -250,12 +262,12 @@ def test_a_save_cut_short_is_removed_and_said_so(tmp_path, capfd):
 def test_no_checkpoint_is_a_users_error_for_those_who_need_one(tmp_path):
     assert checkpoint.resume(tmp_path, {}, {}) is None
     with pytest.raises(UserError, match="holds no checkpoint"):
-        checkpoint.latest_complete(tmp_path)
+        checkpoint.read_newest(tmp_path)[0]
     with pytest.raises(UserError, match="there is no such folder"):
-        checkpoint.latest_complete(tmp_path / "absent")
+        checkpoint.read_newest(tmp_path / "absent")[0]
     save(tmp_path, (3, None))
     with pytest.raises(UserError, match=r"no checkpoint of step 4; it has \[3\]"):
-        checkpoint.load_for_serving(tmp_path, 4)
+        checkpoint.load_for_serving(tmp_path, "4")
 
 
 def test_config_json_is_the_exact_config_and_may_change_until_there_is_a_checkpoint(tmp_path):
@@ -363,7 +375,7 @@ def test_parameters_of_another_version_are_neither_served_nor_trained_on(tmp_pat
 def test_an_export_is_no_workdir(tmp_path):
     (tmp_path / "manifest.json").write_text("[]")
     with pytest.raises(UserError, match="is an export, or what is left of one"):
-        checkpoint.latest_complete(tmp_path)
+        checkpoint.read_newest(tmp_path)[0]
 
 
 @pytest.mark.parametrize("content", ["[]", "{", "\udcff"])

@@ -1,8 +1,11 @@
 """What a process does when it is asked to leave."""
 
+import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -22,6 +25,38 @@ lock = ctypes.create_string_buffer(64)  # a mutex of C, which no signal ends the
 while True:
     ctypes.CDLL(None).pthread_mutex_lock(lock)
 """
+
+
+ALONE = """
+from tmljax import cluster
+
+cluster.leave_when_asked()
+print("waits", flush=True)
+cluster.initialize()
+"""
+
+
+def test_a_notice_ends_a_process_that_waits_for_the_others_to_start():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    named = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", ALONE], cwd=ROOT, env=os.environ | named, **streams) as process:
+        assert process.stdout.readline() == "waits\n"
+        while not listens(address):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=30)
+    assert process.returncode == 0, said
+    assert "asked to leave" in said
+
+
+def listens(address: str) -> bool:
+    host, port = address.split(":")
+    with socket.socket() as there:
+        return there.connect_ex((host, int(port))) == 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the layout of a mutex is Linux's")

@@ -40,7 +40,7 @@ CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
 PROGRESS = "progress"
 BEST = "best"
-FORMAT = 4  # raise it when the same parameters compute something else
+FORMAT = 5  # raise it when the same parameters compute something else
 # What a resumed run may change: how long (which moves the end of the schedule), how often and where, how the same
 # numbers are computed (where none are dropped), and what is for serving alone.
 FREE = (
@@ -217,12 +217,12 @@ def resume(workdir: str | Path, params: Any, optimizer: Any) -> Restored | None:
     return None
 
 
-def latest_complete(workdir: str | Path) -> int:
-    """Of the checkpoints that can be read, the newest. Raises UserError where there is none."""
+def read_newest(workdir: str | Path) -> tuple[int, Any, dict[str, Any]]:
+    """(step, params, progress) of the newest checkpoint that can be read. Raises UserError where there is none."""
     damaged: dict[int, Damaged] = {}
     for step in reversed(steps(workdir)):
         try:
-            read_params(workdir, step)
+            params, progress = read_params(workdir, step)
         except Damaged as e:
             damaged[step] = e
             continue
@@ -230,7 +230,7 @@ def latest_complete(workdir: str | Path) -> int:
             raise _unreachable(workdir, step, e) from None
         for bad in damaged:
             report_damage(bad, damaged[bad], step)
-        return step
+        return step, params, progress
     if damaged:
         raise _all_damaged(workdir, damaged)
     if not Path(workdir).is_dir():
@@ -277,36 +277,41 @@ def unjudged(workdir: str | Path, before: int) -> dict[int, Damaged]:
     return found
 
 
-def choose_step(workdir: str | Path, wanted: str | None) -> int:
-    """The newest complete step for None; BEST for the one of lowest held-out loss; else the step itself."""
-    if wanted is None:
-        return latest_complete(workdir)
-    if wanted == BEST:
-        step = best_step(workdir)
-        if step is None:
-            raise UserError(f"--step={BEST}: no checkpoint of {workdir} has a held-out loss")
-        return step
-    if not str(wanted).isdigit():
-        raise UserError(f"--step={wanted} is neither a number nor {BEST}")
-    return int(wanted)
+class Served(NamedTuple):
+    step: int
+    experiment: Experiment
+    tokenizer: Tokenizer
+    params: Any  # numpy arrays
 
 
-def load_for_serving(workdir: str | Path, step: int | None = None) -> tuple[Experiment, Tokenizer, Any]:
-    """(experiment, tokenizer, params as numpy arrays) of a step, the newest complete one by default."""
-    step = latest_complete(workdir) if step is None else step
-    if step not in steps(workdir):
-        raise UserError(f"{workdir} has no checkpoint of step {step}; it has {steps(workdir) or 'none'}")
-    try:
-        params, progress = read_params(workdir, step)
-    except Damaged as e:
-        raise _all_damaged(workdir, {step: e}) from None
-    except Unreachable as e:
-        raise _unreachable(workdir, step, e) from None
+def load_for_serving(workdir: str | Path, wanted: str | None = None) -> Served:
+    """The newest complete checkpoint for None, that of lowest held-out loss for BEST, else that of this step.
+
+    Raises UserError where there is none such, or it cannot be read.
+    """
+    step, params, progress = read_newest(workdir) if wanted is None else read_step(workdir, wanted)
     try:
         experiment = config.from_tree(Experiment, progress["config"])
     except UserError as e:
         raise UserError(f"checkpoint {step} of {workdir} is of another version of tmljax: {e}; train it anew") from None
-    return experiment, Tokenizer.load(Path(workdir) / TOKENIZER), params
+    return Served(step, experiment, Tokenizer.load(Path(workdir) / TOKENIZER), params)
+
+
+def read_step(workdir: str | Path, wanted: str) -> tuple[int, Any, dict[str, Any]]:
+    """(step, params, progress) of a step, or of BEST. Raises UserError."""
+    step = best_step(workdir) if wanted == BEST else int(wanted) if wanted.isdigit() else None
+    if step is None and wanted == BEST:
+        raise UserError(f"--step={BEST}: no checkpoint of {workdir} has a held-out loss")
+    if step is None:
+        raise UserError(f"--step={wanted} is neither a number nor {BEST}")
+    if step not in steps(workdir):
+        raise UserError(f"{workdir} has no checkpoint of step {step}; it has {steps(workdir) or 'none'}")
+    try:
+        return step, *read_params(workdir, step)
+    except Damaged as e:
+        raise _all_damaged(workdir, {step: e}) from None
+    except Unreachable as e:
+        raise _unreachable(workdir, step, e) from None
 
 
 def read_params(workdir: str | Path, step: int) -> tuple[Any, dict[str, Any]]:

@@ -154,7 +154,7 @@ def leave_when_asked() -> None:
     step and after the last, too, a stop is no failure.
 
     A thread sees to it, for Python's own handlers wait until what the main thread called comes back: a barrier that
-    never will, say, when the others were asked too and have left.
+    never will, say, when the others were asked too and have left. It asks nothing of JAX, which may be what waits.
     """
     heard, told = os.pipe()
     os.set_blocking(told, False)
@@ -164,8 +164,7 @@ def leave_when_asked() -> None:
     def listen() -> None:
         while numbers := os.read(heard, 64):
             if signal.SIGTERM in numbers and signal.getsignal(signal.SIGTERM) is _leave:
-                if is_lead():
-                    os.write(2, b"asked to leave, with nothing to save; the same command goes on\n")
+                os.write(2, b"asked to leave, with nothing to save; the same command goes on\n")
                 os._exit(0)
 
     threading.Thread(target=listen, name="leave when asked", daemon=True).start()

@@ -19,6 +19,7 @@ import pytest
 from data_pipelines import loader, recordings
 from tmljax import config
 from tmljax.config import UserError
+from tmljax.plan.setting import batch_shapes
 from tmljax.stream import weave
 from tmljax.stream.microturn import ABSENT, FRAMES, HOLD, IDLE, MEL, Layout
 from tmljax.stream.record import Session, Word
@@ -97,6 +98,7 @@ def test_batches_have_the_contracts_shapes_and_types() -> None:
         "start": ((4,), np.int32),
     }
     assert {name: (array.shape, array.dtype) for name, array in batch.items()} == expected
+    assert batch_shapes(make_experiment(), 4) == expected  # what is planned for
 
 
 @pytest.mark.parametrize("stop", [0, 1, 5, 11])

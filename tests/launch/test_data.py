@@ -45,6 +45,19 @@ def test_the_verb(tmp_path):
     assert other.stdout == ""
 
 
+def test_a_mistake_is_one_line_and_exit_2(tmp_path):
+    for mistake, said in (
+        (["config.data.train_hours=1"], "'config.data.train_hours=1' is not a flag"),
+        (["--runner=beam", "--beam_options=--name='x"], "--beam_options=--name='x is no list of words"),
+        (["--beam_options=--streaming"], "--beam_options is for --runner=beam"),
+    ):
+        done = run("--config=configs/smoke.py", f"--config.data.root={tmp_path}", *mistake)
+        assert done.returncode == 2
+        assert said in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
 def test_ctrl_c_is_one_line_and_loses_nothing(tmp_path):
     config = tmp_path / "tiny.py"
     config.write_text(CONFIG.format(root=str(tmp_path / "data"), hours=20.0))

@@ -12,7 +12,6 @@ from absl import flags
 from data_pipelines import builder
 from launch import evaluate, verb
 from tmljax import checkpoint, config
-from tmljax.evals import headline
 from tmljax.model.interaction import Definition
 
 
@@ -72,7 +71,6 @@ def test_evaluates_everything(workdir, capsys):
     assert "How it was trained" in (workdir / "report.html").read_text()
     assert len(list((workdir / "fdb").rglob("clean_output.wav"))) == 2
     assert "Smooth turn-taking" in capsys.readouterr().out
-    assert any(row.family == "turn_taking" for row in headline.ROWS)
 
 
 def test_same_weights_same_values(workdir, tmp_path):

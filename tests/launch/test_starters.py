@@ -344,6 +344,8 @@ def test_finished_agrees_with_the_checkpoints_of_a_training(tmp_path):
     done = fakes.start("finished", "--config=configs/smoke.py", f"--workdir={tmp_path}")
     assert f"step {checkpoint.steps(tmp_path)[-1]} of" in done.stdout
     refuses(fakes.start("finished", "--config=configs/smok.py", "--workdir=x"), "smoke.py?")
+    lone = ["--config=configs/smoke.py", "--workdir=x", "--config.train.steps"]
+    refuses(fakes.start("finished", *lone), "--config.train.steps needs a value")
 
 
 @pytest.mark.parametrize(("starter", "flag"), [("slurm", "--sbatch"), ("tpu_vm", "--create")])

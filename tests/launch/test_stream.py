@@ -273,9 +273,10 @@ def test_an_unknown_step_is_named(workdir, speech, tmp_path, capsys):
 
 
 def test_weights_of_another_shape_are_refused(workdir, tmp_path, monkeypatch, capsys, speech):
-    experiment, tokenizer, params = checkpoint.load_for_serving(workdir)
+    served = checkpoint.load_for_serving(workdir)
+    params = served.params
     params["tokens"] = params["tokens"][:-1]
-    monkeypatch.setattr(checkpoint, "load_for_serving", lambda *_: (experiment, tokenizer, params))
+    monkeypatch.setattr(checkpoint, "load_for_serving", lambda *_: served)
     assert run(stream, workdir=workdir, input=speech, output=tmp_path / "out.wav") == 2
     expect_one_line(capsys, "tokens is (319, 16)")
     del params["tokens"]

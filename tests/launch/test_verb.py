@@ -98,6 +98,7 @@ def test_none_and_whole_groups_can_be_given(own_flags, config_file):
         (["--config.data.mixture=pause:1"], "is a group: set --config.data.mixture.NAME=VALUE\n"),
         (["--config.optimizer.name=sgd"], "config.optimizer.name='sgd' must be one of 'adamw', 'muon'"),
         (["--config.model.d_model"], "--config.model.d_model needs a value"),
+        (["config.model.d_model=64"], "'config.model.d_model=64' is not a flag; see --help"),
         (["--wrkdir=x"], "Unknown command line flag 'wrkdir'. Did you mean: workdir ?"),
     ],
 )

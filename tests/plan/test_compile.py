@@ -12,7 +12,7 @@ from tmljax.plan.compile import compile_step, devices_of
 from tmljax.plan.forecast import by_compiler
 from tmljax.plan.hardware import find_slice
 from tmljax.plan.hlo import axis_of
-from tmljax.plan.setting import batch_shapes, settle, shard_bytes
+from tmljax.plan.setting import settle, shard_bytes
 from tmljax.plan.work import kernel_flops
 
 pytestmark = [
@@ -60,9 +60,7 @@ def test_a_device_is_given_its_shards_and_nothing_else(setting, compiled):
         name.endswith(("table", "merge", "pixels", "enter", "leave", "time_in"))
         for name in inspect.replicated(setting, large=2**15)
     )
-    batch = memory.batch_bytes(setting) / 2
-    assert compiled.arguments == pytest.approx(shard_bytes(setting.state) + batch, rel=0.01)
-    assert batch_shapes(setting.experiment, 8)["video"][0][0] == 8
+    assert compiled.arguments == pytest.approx(shard_bytes(setting.state) + memory.batch_bytes(setting), rel=0.01)
 
 
 def test_no_parameter_is_gathered_for_all_layers_at_once(setting, compiled):

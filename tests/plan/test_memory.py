@@ -6,7 +6,8 @@ import pytest
 
 from tmljax import config
 from tmljax.plan import memory, work
-from tmljax.plan.forecast import by_formula
+from tmljax.plan.compile import Compiled
+from tmljax.plan.forecast import by_compiler, by_formula
 from tmljax.plan.hardware import find_slice
 from tmljax.plan.setting import settle
 
@@ -30,6 +31,23 @@ def test_the_optimizer_lies_where_its_parameters_lie(setting):
     estimate = memory.estimate(setting)
     assert estimate.parameters == estimate.gradients
     assert estimate.optimizer == pytest.approx(2 * estimate.parameters, rel=1e-3)
+
+
+def test_gradients_of_micro_batches_lie_beside_their_sum(small, setting):
+    twice = dataclasses.replace(small, optimizer=dataclasses.replace(small.optimizer, accumulate=2))
+    assert memory.estimate(settle(twice, WHERE)).gradients == 2 * memory.estimate(setting).gradients
+
+
+def test_two_batches_are_there_one_of_which_is_the_programs_argument(setting):
+    examples, T, patch = 16 // 4, 4, 40 * 40 * 3
+    of_frame = patch + 1 + 2 * 4  # bytes: the patch, whether it is there, two words
+    of_turn = 3 * 8 * 80 + 1 + 3 * 4 + 1  # dMel and mel of two bytes, whether the user is there, three words, validity
+    batch = examples * (T * of_turn + T // 2 * of_frame + 4)
+    assert memory.batch_bytes(setting) == batch
+    exact = memory.estimate(setting)
+    assert exact.buffers == 2 * batch
+    compiled = Compiled(exact.parameters + exact.optimizer + batch, 1e6, 100.0, None, 1.0)
+    assert by_compiler(setting, compiled).memory.buffers == 2 * batch + 100
 
 
 def test_full_remat_keeps_the_input_of_each_layer(setting):

@@ -1,11 +1,15 @@
 import dataclasses
 import json
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import pytest
 
-from launch import verb
 from tmljax import config
+from tmljax.config import UserError
 from tmljax.decode.program import weights_of
 from tmljax.model.interaction import Definition
 from tmljax.plan import report
@@ -27,6 +31,27 @@ def test_the_fastest_that_fits_comes_first(small):
     tiny = dataclasses.replace(WHERE, chip=dataclasses.replace(WHERE.chip, memory=1e6))
     none_fits = [dataclasses.replace(f, setting=dataclasses.replace(f.setting, where=tiny)) for f in ranked]
     assert rank(none_fits)[0].memory.total == min(f.memory.total for f in none_fits)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"mesh": {"slices": 2}}, "config.mesh.slices=2: a plan is of one slice"),
+        ({"mesh": {"context": 3}}, "no mesh of v5p:2x2x1 has config.mesh.context=3; set config.mesh.context=1"),
+        ({"model": {"moe": {"matmul": "hopper"}}}, "'hopper' is a kernel for NVIDIA H100 and H200; on"),
+        (
+            {"model": {"kv_heads": 1}, "data": {"batch": 3}},
+            "config.data.batch=3 does not divide over",
+        ),
+    ],
+)
+def test_what_no_mesh_mends_is_named(small, changes, said):
+    tree = dataclasses.asdict(small)
+    for group, fields in changes.items():
+        for field, value in fields.items():
+            tree[group][field] = tree[group][field] | value if isinstance(value, dict) else value
+    with pytest.raises(UserError, match=re.escape(said)):
+        candidates(config.from_tree(config.Experiment, tree), WHERE)
 
 
 def test_the_compiler_has_the_last_word(small):
@@ -84,15 +109,15 @@ def test_axes_along_parts_of_a_torus_dim_are_left_out():
     assert not lies_whole(config.Mesh(data=1, fsdp=16, expert=16), where)
 
 
-def test_the_best_is_a_flag_file_that_verbs_take(small, tmp_path):
+def test_the_best_is_a_flag_file(small, tmp_path):
     best = candidates(small, WHERE)[0]
-    lines = overrides(best).split()
-    assert all(line.startswith("--config_field=") for line in lines)
-    file = tmp_path / "small.py"
-    file.write_text("from configs.base import get_config\n")
-    there = verb.load_experiment(str(file), [line.removeprefix("--config_field=") for line in lines])
-    assert {axis: getattr(there.mesh, axis) for axis in best.setting.axes} == dict(best.setting.axes)
-    assert there.model.remat == best.setting.experiment.model.remat
+    (tmp_path / "best.flags").write_text(overrides(best))
+    where = [f"--topology={WHERE.name}", "--method=formula", f"--output={tmp_path}"]
+    command = [sys.executable, "-m", "launch.plan", "--config=configs/smoke.py", f"--flagfile={tmp_path}/best.flags"]
+    subprocess.run([*command, *where], cwd=Path(__file__).parents[2], check=True)
+    there = json.loads((tmp_path / "plan.json").read_text())["plan"]
+    assert there["mesh"] == dict(best.setting.axes)
+    assert there["remat"] == best.setting.experiment.model.remat
 
 
 def test_both_reports(small, tmp_path):
@@ -129,7 +154,7 @@ def test_serving_by_hand(small):
 
 def test_what_a_turn_reads_and_moves_by_hand(small):
     """Chosen experts alone are read, everything else whole; tensor neighbours add up twice a layer."""
-    model, stream, alone = small.model, small.stream, find_slice("v5e:1x1")
+    model, alone = small.model, find_slice("v5e:1x1")
     moe = dataclasses.replace(model.moe, experts=64, top_k=2, tick_matmul="gathered")
     sparse = dataclasses.replace(small, model=dataclasses.replace(model, moe=moe))
     serving = Serving(Setting(sparse, alone, dict.fromkeys(AXES, 1)))
@@ -148,7 +173,6 @@ def test_what_a_turn_reads_and_moves_by_hand(small):
     split = Serving(Setting(small, find_slice("v5e:2x2"), pair | {"data": 2}))
     sums = 2 * L * 3 * 5 * D * width  # both halves of a layer, of 5 positions of 3 sessions; there and back
     assert split.one_pass(3, 5).links == pytest.approx(sums / alone.chip.link)
-    assert stream.frames_per_slot * layout.model_audio >= 1
 
 
 def test_weights_weigh_what_a_tick_holds(small):

@@ -66,4 +66,4 @@ def come_to_harm(workdir: Path) -> None:
 
 if __name__ == "__main__":
     with cluster.leaving():
-        sys.exit(verb.run(main))
+        sys.exit(verb.run(lambda _: main(sys.argv), sys.argv[:1]))

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import jax
@@ -13,6 +14,7 @@ import pytest
 from tests.train import toy
 from tmljax import checkpoint
 from tmljax.config import UserError
+from tmljax.train import feed, loop, speed
 from tmljax.train.metrics import FILE, TIME, read_rows
 
 ROOT = Path(__file__).parents[2]
@@ -48,7 +50,7 @@ def test_a_row_per_logged_step_and_values_of_that_step(straight):
     assert [row["step"] for row in rows(straight)] == [1, 2, 4, 6, 8, 10, 12, 14, 16]
     for row in rows(straight):
         held_out = {name for name in row if name.startswith("val/")}
-        assert held_out == ({"val/loss/total", "val/guess"} if row["step"] % 4 == 0 else set())
+        assert held_out == ({"val/loss/total", "val/guess", "val/experts/dropped"} if row["step"] % 4 == 0 else set())
         assert {
             "loss/total",
             "learning_rate",
@@ -67,6 +69,38 @@ def test_rows_do_not_depend_on_how_often_they_are_written(straight, tmp_path):
     assert len(often) == 16
     for row in rows(straight):
         assert often[row["step"]] == row
+
+
+@pytest.mark.parametrize("log_every", [1, 2, 3])
+def test_a_step_of_a_second_is_a_second_in_every_row(tmp_path, monkeypatch, log_every):
+    """By a clock that moves only where a step ends: beside evaluations, saves, and steps that ran ahead."""
+    hand, report = [0.0], loop.report
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: hand[0])
+
+    def end_step(*arguments):
+        hand[0] += 1
+        report(*arguments)
+
+    monkeypatch.setattr(loop, "report", end_step)
+    toy.run(tmp_path, toy.experiment(16, train={"log_every": log_every, "save_every": 5}))
+    assert {row["time/step_seconds"] for row in read_rows(tmp_path / FILE)} == {1.0}
+
+
+def test_two_batches_are_on_the_devices_at_most(tmp_path, monkeypatch):
+    """That of the step and the next, or one that is held out."""
+    placed, most, place = [], [], feed.to_devices
+
+    def watched(batch, sharding):
+        arrays = place(batch, sharding)
+        placed.append(weakref.ref(arrays["x"]))
+        most.append(sum(one() is not None for one in placed))
+        return arrays
+
+    monkeypatch.setattr(feed, "to_devices", watched)
+    monkeypatch.setattr(loop, "to_devices", watched)
+    toy.run(tmp_path, toy.experiment(16))
+    assert len(most) == 16 + 1 + 4  # steps, the compilation of the evaluation, evaluations
+    assert max(most) == 2
 
 
 def test_a_trace_of_some_steps_changes_no_value(straight, tmp_path):
@@ -132,7 +166,7 @@ def test_a_signal_finishes_the_step_saves_and_loses_nothing(straight, tmp_path, 
     outcome = toy.run(tmp_path, toy.experiment(16), Signalling(number, tmp_path))
     assert outcome.signal is number
     assert outcome.step in (5, 6), "between two checkpoints"
-    assert checkpoint.latest_complete(tmp_path) == outcome.step
+    assert checkpoint.read_newest(tmp_path)[0] == outcome.step
     assert toy.run(tmp_path, toy.experiment(16)) == (16, None)
     assert rows(tmp_path) == rows(straight)
 
@@ -238,7 +272,7 @@ def test_a_full_disk_is_one_clear_line_and_costs_no_older_checkpoint(straight, s
         toy.run(small_disk, toy.experiment(16), source)
     assert "\n" not in str(e.value)
     assert "Event loop" not in capfd.readouterr().err
-    assert checkpoint.latest_complete(small_disk) == 4
+    assert checkpoint.read_newest(small_disk)[0] == 4
     source.ballast.unlink()
     assert toy.run(small_disk, toy.experiment(16)) == (16, None)
     assert rows(small_disk) == rows(straight)

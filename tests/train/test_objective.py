@@ -11,11 +11,11 @@ import pytest
 from tests.model.test_laws import DEFINITION, random_batch
 from tmljax import config
 from tmljax.ops.flow import normalise
-from tmljax.ops.losses import cross_entropy, weighted_mean
+from tmljax.ops.losses import cross_entropy
 from tmljax.stream import dmel
 from tmljax.stream.microturn import ABSENT, HOLD, IDLE
 from tmljax.train import objective
-from tmljax.train.objective import blur, mishear, recall
+from tmljax.train.objective import among_likeliest, blur, mishear
 from tmljax.train.step import accumulate
 
 B, T = 64, 20
@@ -93,7 +93,7 @@ def test_what_is_misheard_is_no_target(monkeypatch):
     metrics = jax.jit(lambda p, b: objective.objective(quiet, p, b, key, config.Loss())[1][0])(params, batch)
     out = jax.jit(lambda p, b: DEFINITION.bind(p)(b))(params, batch | {"heard": batch["heard"][::-1]})
     weight_BT = np.where(batch["heard"] == IDLE, config.Loss().idle, 1.0) * batch["user_present"]
-    expected = weighted_mean(cross_entropy(out.heard_BTV, batch["heard"]), weight_BT)
+    expected = np.average(cross_entropy(out.heard_BTV, batch["heard"]), weights=weight_BT)
     assert metrics["loss/heard"] == pytest.approx(float(expected), rel=1e-5)
 
 
@@ -106,9 +106,8 @@ def test_the_head_learns_the_true_odds_whatever_silence_weighs(weights):
 
     def loss(logit_V):
         logit_BTSV = jnp.broadcast_to(logit_V[None, None, None], (*target_BTS.shape, 5))
-        return weighted_mean(
-            objective.text_loss(logit_BTSV, target_BTS, weights), objective.text_weights(5, weights)[target_BTS]
-        )
+        weight_BTS = objective.text_weights(5, weights)[target_BTS]
+        return jnp.average(objective.text_loss(logit_BTSV, target_BTS, weights), weights=weight_BTS)
 
     np.testing.assert_allclose(jax.grad(loss)(log_odds_V), 0, atol=1e-3)
     assert jnp.abs(jax.grad(loss)(log_odds_V.at[IDLE].add(0.7))).max() > 0.05
@@ -147,14 +146,39 @@ def test_micro_batches_make_the_loss_of_the_whole(monkeypatch):
     (loss, (split_metrics, *_)), split_grads = run(2, params, None, batch, jax.random.key(3))
     assert metrics["loss/flow"] == pytest.approx(1)
     assert loss == pytest.approx(float(whole), rel=1e-5)
-    for name in ("loss/text", "loss/heard", "loss/seen", "loss/flow"):
+    judged = {name for name in metrics if name.endswith("_accuracy")}
+    assert len(judged) == 4
+    for name in {"loss/text", "loss/heard", "loss/seen", "loss/flow"} | judged:
         assert split_metrics[name] == pytest.approx(float(metrics[name]), rel=1e-5)
     for a, b in zip(jax.tree.leaves(split_grads), jax.tree.leaves(grads), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
 
 
-def test_recall_finds_words_among_the_likeliest_as_many():
+def test_words_are_found_among_the_likeliest_as_many():
     logit_SV = jnp.array([[0.1, 0.9, 0.5, 0.0]] * 2)
-    assert recall(logit_SV, jnp.array([2, 1]), jnp.ones(2)) == 1.0
-    assert recall(logit_SV, jnp.array([1, 3]), jnp.ones(2)) == 0.5
-    assert recall(logit_SV, jnp.array([1, 3]), jnp.array([1.0, 0.0])) == 1.0
+    assert among_likeliest(logit_SV, jnp.array([2, 1])).tolist() == [True, True]
+    assert among_likeliest(logit_SV, jnp.array([1, 3])).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_accuracies_by_hand_and_none_where_there_is_nothing_to_judge(micro_batches):
+    params, batch = DEFINITION.init(jax.random.key(1)), random_batch(4)
+    batch["heard"][1:] = ABSENT  # one micro-batch hears no word at all
+    batch["seen"][:] = ABSENT
+
+    def lose(trained, routing, batch, key, whole=None):
+        return objective.objective(DEFINITION, trained, batch, None, config.Loss(), whole=whole)
+
+    predict = jax.jit(lambda p, b: jnp.argmax(DEFINITION.bind(p)(b).heard_BTV, axis=-1))
+    batch["user_present"][0, -1] = batch["valid"][0, -1] = True
+    batch["heard"][0, -1] = predict(params, batch)[0, -1]  # which it does not see
+    word_BT = (batch["heard"] > ABSENT) & (batch["heard"] != IDLE) & batch["user_present"] & batch["valid"]
+    found_BT = (predict(params, batch) == batch["heard"]) & word_BT
+    assert not word_BT[1:].any()
+    assert 0 < found_BT.sum() < word_BT.sum()
+
+    run = jax.jit(partial(accumulate, lose, micro_batches))
+    (_, (metrics, *_)), _ = run(params, None, batch, jax.random.key(3))
+    assert float(metrics["heard/word_accuracy"]) == pytest.approx(found_BT.sum() / word_BT.sum())
+    assert np.isnan(metrics["seen/word_accuracy"])
+    assert metrics["loss/seen"] == 0

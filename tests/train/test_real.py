@@ -49,9 +49,9 @@ SIZES = {
 class Verb:
     """`python -m launch.train` with a data folder of its own, on one device."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, devices: int = 1):
         self.folder = folder
-        self.environment = os.environ | {"XLA_FLAGS": ""}
+        self.environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
 
     def start(self, workdir: Path, *more: str) -> subprocess.Popen:
         overrides = [f"--config.{name}={value}" for name, value in SIZES.items()]
@@ -107,7 +107,7 @@ def test_the_loss_falls(straight):
 
 
 def test_serving_finds_it(straight):
-    experiment, tokenizer, params = checkpoint.load_for_serving(straight)
+    _, experiment, tokenizer, params = checkpoint.load_for_serving(straight)
     assert experiment.model.d_model == 32
     assert tokenizer.vocab_size <= experiment.stream.vocab_size
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
@@ -115,7 +115,7 @@ def test_serving_finds_it(straight):
 
 @pytest.mark.parametrize("sizes", [{"data": 2, "expert": 2}, {"fsdp": 2, "tensor": 2}])
 def test_restored_on_another_mesh_the_loss_is_the_same(straight, sizes):
-    experiment, tokenizer, _ = checkpoint.load_for_serving(straight)
+    _, experiment, tokenizer, _ = checkpoint.load_for_serving(straight)
     (batch,) = loader.validation_batches(experiment, tokenizer, 1)
     losses = []
     for mesh in (make_mesh(config.Mesh(), jax.devices()[:1]), make_mesh(config.Mesh(**sizes), jax.devices()[:4])):
@@ -179,3 +179,11 @@ def test_what_is_refused_leaves_no_trace(verb, tmp_path):
     code, heard = verb.run(tmp_path / "export")
     assert (code, "is an export, which training would destroy" in heard) == (2, True), heard
     assert [path.name for path in tmp_path.rglob("*")] == ["export", "manifest.json"]
+
+
+def test_a_mesh_that_a_derived_size_does_not_divide_is_refused_before_data_is_built(tmp_path):
+    sizes = [f"--config.{size}" for size in ("model.d_model=96", "mesh.fsdp=8", "mesh.data=1", "data.batch=8")]
+    code, heard = Verb(tmp_path / "there", devices=8).run(tmp_path / "new", *sizes)
+    assert code == 2
+    assert "config.mesh.fsdp=8 does not divide the model's frame dimension of 36" in heard
+    assert not list(tmp_path.iterdir())

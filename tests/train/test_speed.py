@@ -4,12 +4,12 @@ import dataclasses
 import math
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 from tmljax import config
 from tmljax.model.interaction import Definition
-from tmljax.stream.microturn import FRAMES, SEEN_WORDS, Layout
+from tmljax.plan.setting import batch_shapes
+from tmljax.stream.microturn import FRAMES, Layout
 from tmljax.train import speed
 from tmljax.train.objective import objective
 
@@ -35,22 +35,8 @@ def matmul_flops(jaxpr) -> float:
 
 
 def batch_like(experiment: config.Experiment) -> dict[str, jax.ShapeDtypeStruct]:
-    layout, B, T = Layout(experiment.stream), experiment.data.batch, experiment.data.window
-    video = T // experiment.stream.video_every
-    shapes = {
-        "user_dmel": ((T, FRAMES, 80), jnp.uint8),
-        "user_present": ((T,), bool),
-        "video": ((video, layout.patches, 4800), jnp.uint8),
-        "video_present": ((video,), bool),
-        "user_text": ((T, layout.user_text), jnp.int32),
-        "model_text": ((T, layout.model_text), jnp.int32),
-        "model_mel": ((T, FRAMES, 80), jnp.float16),
-        "heard": ((T,), jnp.int32),
-        "seen": ((video, SEEN_WORDS), jnp.int32),
-        "valid": ((T,), bool),
-        "start": ((), jnp.int32),
-    }
-    return {name: jax.ShapeDtypeStruct((B, *shape), dtype) for name, (shape, dtype) in shapes.items()}
+    shapes = batch_shapes(experiment, experiment.data.batch)
+    return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes.items()}
 
 
 @pytest.mark.parametrize("changes", [{}, {"layers": 4}, {"d_model": 128, "heads": 8}])
@@ -94,13 +80,13 @@ class Device:
 
 
 def test_the_stopwatch_gives_means_since_the_last_reading(tiny, clock):
-    watch = speed.Stopwatch(tiny, flops=459e12, devices=[Device(), Device()])
+    watch = speed.Stopwatch(tiny, flops=459e12, devices=[Device(), Device()], step=10)
     for _ in range(4):
         clock[0] += 0.5
-        watch.count(0.1)
+        watch.stand_still(0.1)
     with watch.apart():
         clock[0] += 60
-    row = watch.read()
+    row = watch.read(14)
     seconds = tiny.data.batch * tiny.data.window * 0.2
     positions = tiny.data.batch * len(Layout(tiny.stream).positions(tiny.data.window))
     assert row["time/step_seconds"] == pytest.approx(0.5)
@@ -109,18 +95,25 @@ def test_the_stopwatch_gives_means_since_the_last_reading(tiny, clock):
     assert row["time/data_wait"] == pytest.approx(0.2)
     assert row["time/mfu"] == pytest.approx(459e12 / 0.5 / (2 * 459e12))
     clock[0] += 3
-    watch.count(0.0)
-    assert watch.read()["time/step_seconds"] == pytest.approx(3)
+    assert watch.read(15)["time/step_seconds"] == pytest.approx(3)
 
 
 def test_the_use_of_a_device_of_unknown_peak_is_left_out(tiny):
     assert speed.peak_flops(jax.devices()) is None
-    assert "time/mfu" not in speed.Stopwatch(tiny, 1e12, jax.devices()).read()
+    assert "time/mfu" not in speed.Stopwatch(tiny, 1e12, jax.devices(), step=0).read(1)
 
 
 @pytest.mark.parametrize(
     ("kind", "peak"),
-    [("TPU v5 lite", 197e12), ("TPU v5p", 459e12), ("TPU v6 lite", 918e12), ("NVIDIA H100 80GB HBM3", 989e12)],
+    [
+        ("TPU v5 lite", 197e12),
+        ("TPU v5p", 459e12),
+        ("TPU v6 lite", 918e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA L40", 181e12),
+        ("NVIDIA L40S", 362e12),
+    ],
 )
 def test_peaks_by_the_kind_that_jax_reports(kind, peak):
     device = Device()

@@ -150,4 +150,4 @@ if __name__ == "__main__":
         outcome = run(workdir, settings, Source(settings.data.batch, delay))
         return 130 if outcome.signal is not None and outcome.signal.name == "SIGINT" else 0
 
-    sys.exit(verb.run(main))
+    sys.exit(verb.run(lambda _: main(sys.argv), sys.argv[:1]))

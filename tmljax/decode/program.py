@@ -118,7 +118,6 @@ def engine_from_workdir(
     adapt: Callable[[Experiment], Experiment] = lambda trained: trained,
 ) -> Engine:
     """`adapt` may change what serving is free to. Raises UserError when the workdir holds no complete checkpoint."""
-    chosen = checkpoint.choose_step(workdir, step)
-    trained, tokenizer, params = checkpoint.load_for_serving(workdir, chosen)
+    chosen, trained, tokenizer, params = checkpoint.load_for_serving(workdir, step)
     name = os.path.basename(os.path.abspath(workdir))
     return engine_from_params(adapt(trained), tokenizer, params, sessions, chosen, name)

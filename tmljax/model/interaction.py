@@ -52,9 +52,10 @@ class InteractionModel(nnx.Module):
         D = model.d_model
         self.tokens = dense(rngs, (stream.vocab_size, D), ("vocab", "embed"), fan_in=4)
         self.slots = dense(rngs, (self.layout.slots, D), ("small", "embed"), fan_in=4)
-        # These tell apart how a word came: heard, seen, or brought back by either; at first it is the same word.
+        # These tell apart how a word came: heard, seen, or brought back by either; at first it is the same word, to
+        # which weight decay draws it back: scales are 1 + sense_scales.
         self.senses = dense(rngs, (SENSES, D), ("small", "embed"), fan_in=4)
-        self.sense_scales = constant((SENSES, D), ("small", "embed"), 1.0)
+        self.sense_scales = constant((SENSES, D), ("small", "embed"))
         self.user_dmel = DmelEmbed(self.layout, D, rngs)
         self.model_dmel = DmelEmbed(self.layout, D, rngs)
         self.patches = PatchEmbed(self.layout, model, rngs)
@@ -89,7 +90,7 @@ class InteractionModel(nnx.Module):
     def embed_notes(self, note_BTK: jax.Array, recalled_BTK: jax.Array) -> jax.Array:
         word_BTR = jnp.concatenate([note_BTK, recalled_BTK], axis=2)
         sense_R = np.array([HEARD] + [SEEN] * SEEN_WORDS + [RECALLED_HEARD] + [RECALLED_SEEN] * SEEN_WORDS)
-        sense_RD, scale_RD = self.senses[...][sense_R], self.sense_scales[...][sense_R]
+        sense_RD, scale_RD = self.senses[...][sense_R], 1 + self.sense_scales[...][sense_R]
         x_BTRD = self.tokens[...][word_BTR] * scale_RD[None, None] + sense_RD[None, None]
         return jnp.sum(jnp.where(is_word(word_BTR)[..., None], x_BTRD, 0), axis=2)
 
@@ -213,7 +214,7 @@ class Definition:
 
         def shape(variable: nnx.Variable) -> jax.ShapeDtypeStruct:
             leaf = variable.get_value()
-            dtype = self.model.dtype if "is_matrix" in variable.get_metadata() else leaf.dtype
+            dtype = self.model.dtype if "in_activations_dtype" in variable.get_metadata() else leaf.dtype
             return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype))
 
         return self._map_variables(shape)

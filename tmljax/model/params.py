@@ -19,7 +19,7 @@ def dense(
 
 def matrix(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], fan_in: int, gain: float = 1.0) -> nnx.Param:
     """As `dense`, for activations to be multiplied with in their own dtype."""
-    return dense(rngs, shape, axes, fan_in, gain, is_matrix=True)
+    return dense(rngs, shape, axes, fan_in, gain, in_activations_dtype=True)
 
 
 def constant(shape: tuple[int, ...], axes: tuple[str, ...], value: float = 0.0) -> nnx.Param:

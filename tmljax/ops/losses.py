@@ -1,4 +1,4 @@
-"""Losses as weighted means, so that a term's scale does not depend on how much of the batch it concerns."""
+"""What a prediction costs, by position."""
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +9,3 @@ def cross_entropy(logit_V: jax.Array, target: jax.Array) -> jax.Array:
     logit_V = logit_V.astype(jnp.float32)
     chosen = jnp.take_along_axis(logit_V, target[..., None], axis=-1)[..., 0]
     return jax.scipy.special.logsumexp(logit_V, axis=-1) - chosen
-
-
-def weighted_mean(value: jax.Array, weight: jax.Array) -> jax.Array:
-    """Sum of value x weight over sum of weight; 0 where nothing has weight."""
-    return jnp.sum(value * weight) / jnp.maximum(jnp.sum(weight), 1e-6)

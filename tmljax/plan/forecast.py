@@ -108,7 +108,9 @@ def by_compiler(setting: Setting, compiled: Compiled, **asked: float | None) -> 
         exact.optimizer,
         min(exact.gradients, compiled.temporaries),
         max(compiled.temporaries - exact.gradients, 0.0),
-        max(compiled.arguments - exact.parameters - exact.optimizer, 0.0) + compiled.other,
+        max(compiled.arguments - exact.parameters - exact.optimizer, 0.0)
+        + (by_shape.BATCHES - 1) * by_shape.batch_bytes(setting)
+        + compiled.other,
     )
     sources = dict(forecast.sources) | {"memory": COMPILER}
     forecast = replace(forecast, memory=memory, sources=sources, compile_seconds=compiled.seconds)

@@ -18,6 +18,8 @@ from tmljax.model.trunk import QUERY_TURNS
 from tmljax.ops.experts import laid_rows
 from tmljax.plan.setting import Setting, batch_shapes, shard_bytes
 
+BATCHES = 2  # on the devices at a time (tmljax/train/feed.py)
+
 
 class Memory(NamedTuple):
     """Bytes of a device."""
@@ -35,14 +37,14 @@ class Memory(NamedTuple):
 
 def estimate(setting: Setting) -> Memory:
     state = setting.state
-    gradients = shard_bytes(state.params)
+    parameters = shard_bytes(state.params)
     return Memory(
-        parameters=gradients,
+        parameters=parameters,
         optimizer=shard_bytes(state.optimizer),
-        gradients=gradients,
+        gradients=parameters * (1 if setting.experiment.optimizer.accumulate == 1 else 2),  # and their sum so far
         activations=saved(setting)
         + max(at_experts(setting), at_attention(setting), at_heads(setting), at_patches(setting)),
-        buffers=batch_bytes(setting),
+        buffers=BATCHES * batch_bytes(setting),
     )
 
 
@@ -143,7 +145,7 @@ def at_patches(setting: Setting) -> float:
 
 
 def batch_bytes(setting: Setting) -> float:
-    """A device's part of the batch, and of the one that is on its way."""
+    """A device's part of a batch."""
     examples = setting.experiment.data.batch // setting.members
     shapes = batch_shapes(setting.experiment, examples).values()
-    return 2 * sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes)
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import product
 
@@ -57,18 +58,19 @@ def rank(forecasts: list[Forecast], room: float = 0.0) -> list[Forecast]:
 
 
 def candidates(experiment: Experiment, where: Slice, **asked: float | None) -> list[Forecast]:
-    """Ranked by formula. Raises UserError when none divides the model and the batch."""
-    found = []
+    """Ranked by formula. Raises UserError where none will do, with what is wrong with most."""
+    found, refused = [], Counter[str]()
     for variant in variants(experiment, where):
         try:
             found.append(by_formula(settle(variant, where), **asked))
-        except UserError:
-            continue
+        except UserError as e:
+            refused[str(e)] += 1
+    if not found and not refused:
+        context = experiment.mesh.context
+        raise UserError(f"no mesh of {where.name} has config.mesh.context={context}; set config.mesh.context=1")
     if not found:
-        raise UserError(
-            f"no mesh of {where.devices} devices divides config.data.batch={experiment.data.batch} and the model; "
-            f"try config.data.batch={where.devices * 4}"
-        )
+        ((why, _),) = refused.most_common(1)
+        raise UserError(f"no mesh of {where.name} will do; what is wrong with most: {why}")
     return rank(found, ROOM)
 
 
@@ -115,7 +117,7 @@ def describe(forecast: Forecast) -> str:
 
 
 def overrides(forecast: Forecast) -> str:
-    """A flag file that any verb takes: `--flagfile=best.flags`."""
+    """A flag file for training and planning: `--flagfile=best.flags`."""
     setting = forecast.setting
     lines = [f"mesh.{axis}={size}" for axis, size in setting.axes.items()]
     lines.append(f"model.remat={setting.experiment.model.remat}")

@@ -1,4 +1,5 @@
-"""Batches, made and moved to the devices while the step before them runs."""
+"""Batches, read ahead on the host, and moved to the devices while the step before them runs: no more than two are there
+at a time, that of the step and the next."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-DEPTH = 2  # batches ahead of the step
+DEPTH = 2  # batches that wait on the host
 LOOK = 0.01  # seconds between looks at whether the devices are still busy
 
 
@@ -28,6 +29,11 @@ class Source(Protocol):
     def set_state(self, state: Any) -> None: ...
 
 
+class Read(NamedTuple):
+    batch: dict[str, np.ndarray]
+    state: Any  # of the source once this batch is taken
+
+
 class Fed(NamedTuple):
     batch: dict[str, jax.Array]
     state: Any  # of the source once this batch is taken
@@ -39,7 +45,7 @@ class Feed:
 
     def __init__(self, source: Source, sharding: NamedSharding):
         self._source, self._sharding = source, sharding
-        self._queue: queue.Queue[Fed | BaseException] = queue.Queue(DEPTH)
+        self._queue: queue.Queue[Read | BaseException] = queue.Queue(DEPTH)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._read, name="feed", daemon=True)
         self._thread.start()
@@ -50,13 +56,14 @@ class Feed:
         while True:
             working = busy()
             try:
-                fed = self._queue.get(timeout=LOOK if working else None)
+                read = self._queue.get(timeout=LOOK if working else None)
             except queue.Empty:
                 idle_since = time.perf_counter()
                 continue
-            if isinstance(fed, BaseException):
-                raise fed
-            return fed._replace(waited=0.0 if working else time.perf_counter() - idle_since)
+            if isinstance(read, BaseException):
+                raise read
+            waited = 0.0 if working else time.perf_counter() - idle_since
+            return Fed(to_devices(read.batch, self._sharding), read.state, waited)
 
     def close(self) -> None:
         self._ended.set()
@@ -69,12 +76,13 @@ class Feed:
     def _read(self) -> None:
         try:
             while not self._ended.is_set():
-                batch = to_devices(next(self._source), self._sharding)
-                self._queue.put(Fed(batch, self._source.get_state(), 0.0))
+                batch = next(self._source)
+                self._queue.put(Read(batch, self._source.get_state()))
         except BaseException as e:
             self._queue.put(e)
 
 
 def to_devices(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
     """This process's rows as part of the global batch."""
-    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+    with jax.transfer_guard("allow"):  # of several processes JAX takes this for a transfer that nobody asked for
+        return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}

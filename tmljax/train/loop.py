@@ -7,6 +7,7 @@ optimizer and the place in the data after n steps, and is begun only when all ro
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple, TextIO
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from tmljax import checkpoint, cluster, pulse
 from tmljax.config import Experiment
@@ -42,7 +43,8 @@ class Run:
 
     experiment: Experiment
     program: Program
-    validation: list[dict[str, jax.Array]]
+    validation: Sequence[dict[str, np.ndarray]]
+    sharding: NamedSharding  # of a batch
     checkpoints: checkpoint.Checkpoints
     journal: Journal | None  # of the lead process
     progress: Progress | None
@@ -99,13 +101,14 @@ def train(
             run = Run(
                 experiment,
                 program,
-                [to_devices(batch, sharding) for batch in validation],
+                validation,
+                sharding,
                 open_things.enter_context(contextlib.closing(checkpoint.Checkpoints(workdir, experiment.train.keep))),
                 open_things.enter_context(contextlib.closing(Journal(workdir, step))) if lead else None,
                 open_things.enter_context(contextlib.closing(Progress(step, experiment.train.steps, out)))
                 if lead
                 else None,
-                Stopwatch(experiment, flops, list(mesh.devices.flat)),
+                Stopwatch(experiment, flops, list(mesh.devices.flat), step),
                 ledger,
                 open_things.enter_context(contextlib.closing(Profile(workdir, step, profile if lead else 0))),
             )
@@ -182,7 +185,7 @@ def next_batch(run: Run, feed: Feed, step: int, unread: tuple[int, Metrics] | No
     fed = feed.next(lambda: unread is not None and not unread[1]["skipped"].is_ready())
     if compiled:
         pulse.at(f"step {step}", 2 * step + 1, hurried=True)
-    run.watch.count(fed.waited)
+    run.watch.stand_still(fed.waited)
     run.ledger.claim("data", fed.waited)
     return fed
 
@@ -197,7 +200,7 @@ def report(run: Run, step: int, metrics: Metrics, held_out: dict[str, float] | N
         if run.journal is not None:
             run.ledger.keep_up(step)
         return
-    row = as_row(step, jax.device_get(metrics) | (held_out or {})) | run.watch.read()
+    row = as_row(step, jax.device_get(metrics) | (held_out or {})) | run.watch.read(step)
     if run.journal is not None and run.progress is not None:
         row |= run.ledger.write(step)
         run.journal.write(row)
@@ -205,12 +208,20 @@ def report(run: Run, step: int, metrics: Metrics, held_out: dict[str, float] | N
 
 
 def evaluate(run: Run, state: State) -> dict[str, float]:
-    """Means over the held-out batches, named val/..."""
+    """Means over the held-out batches, one of which is on the devices at a time, named val/..."""
     if not run.evaluated and run.validation:
-        cluster.compile_together(run.program.evaluate, state.params, run.validation[0])
+        cluster.compile_together(run.program.evaluate, state.params, to_devices(run.validation[0], run.sharding))
         run.evaluated = True
-    rows = [jax.device_get(run.program.evaluate(state.params, batch)) for batch in run.validation]
-    return {f"val/{name}": float(np.mean([row[name] for row in rows])) for name in (rows[0] if rows else ())}
+    rows = [
+        jax.device_get(run.program.evaluate(state.params, to_devices(batch, run.sharding))) for batch in run.validation
+    ]
+    return {f"val/{name}": mean_of(name, [float(row[name]) for row in rows]) for name in (rows[0] if rows else ())}
+
+
+def mean_of(name: str, values: Sequence[float]) -> float:
+    """Over batches; of an accuracy over those in which there was something to judge."""
+    kept = values if name.startswith("loss/") else [value for value in values if not math.isnan(value)]
+    return sum(kept) / len(kept) if kept else math.nan
 
 
 def save(run: Run, state: State, step: int, iterator: Any, loss: float | None) -> int:

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from tmljax import config
 from tmljax.model.interaction import Batch, Definition, InteractionModel, Params
 from tmljax.ops.flow import denormalise, matching_loss, normalise
-from tmljax.ops.losses import cross_entropy, weighted_mean
+from tmljax.ops.losses import cross_entropy
 from tmljax.stream.microturn import ABSENT, HOLD, IDLE
 
 MISHEARD = 0.1  # share of micro-turns in which training reads another example's note, mostly none
@@ -50,8 +50,8 @@ def objective(
 
     Without a key it is that of held-out data: the model hears its own speech unblurred, as when it is used, and the
     noise of the flow is the same each time. But it reads true notes, where it will have its own. Of a micro-batch of
-    the `whole`, the terms with targets are such that their mean over micro-batches is that of the whole, wherever those
-    lie; routing and accuracies are the micro-batch's own.
+    the `whole`, terms with targets and accuracies are such that their mean over micro-batches is that of the whole,
+    wherever its targets lie; routing is the micro-batch's own. An accuracy is NaN where there is nothing to judge.
     """
     model = definition.bind(params)
     k_feedback, k_words, k_flow = jax.random.split(jax.random.key(0) if key is None else key, 3)
@@ -66,7 +66,6 @@ def objective(
             "heard": mishear(batch["heard"], MISHEARD, k_words),
         }
     out = model(batch | fed_back, mesh)
-    valid_BT = batch["valid"].astype(jnp.float32)
 
     heard_BT, seen_BNS = batch["heard"], batch["seen"]
     seen_BNSV = jnp.broadcast_to(out.seen_BNV[:, :, None], (*seen_BNS.shape, out.seen_BNV.shape[-1]))
@@ -78,7 +77,14 @@ def objective(
     router_z = jnp.sum(out.moe.z_loss)
     total = text + weights.flow * flow + weights.notes * (heard + seen)
     total += definition.model.moe.z_loss * router_z
-    word_BTS = (target_BTS != IDLE) & (target_BTS != HOLD)
+    likeliest_BTS = right(out.text_BTSV, target_BTS)
+    hits = {
+        "text/word_accuracy": likeliest_BTS,
+        "text/idle_accuracy": likeliest_BTS,
+        "heard/word_accuracy": right(out.heard_BTV, heard_BT),
+        "seen/word_accuracy": among_likeliest(seen_BNSV, seen_BNS),
+    }
+    where, everywhere = find_judged(batch, counts), find_judged(batch if whole is None else whole, everything)
     metrics = {
         "loss/total": total,
         "loss/text": text,
@@ -86,10 +92,7 @@ def objective(
         "loss/heard": heard,
         "loss/seen": seen,
         "loss/router_z": router_z,
-        "text/word_accuracy": accuracy(out.text_BTSV, target_BTS, word_BTS * valid_BT[..., None]),
-        "text/idle_accuracy": accuracy(out.text_BTSV, target_BTS, (target_BTS == IDLE) * valid_BT[..., None]),
-        "heard/word_accuracy": accuracy(out.heard_BTV, heard_BT, (heard_BT != IDLE) * (counts.heard_BT > 0)),
-        "seen/word_accuracy": recall(seen_BNSV, seen_BNS, (seen_BNS != IDLE) * counts.seen_BNS),
+        **{name: share(hit, where[name], everywhere[name]) for name, hit in hits.items()},
     }
     return total, (metrics, Routing(out.moe.load_E, jnp.sum(out.moe.dropped)))
 
@@ -193,12 +196,29 @@ def count_picks(flow: config.Flow, microturns: int) -> int:
     return max(1, round(flow.share * microturns))
 
 
-def accuracy(logit_V: jax.Array, target: jax.Array, weight: jax.Array) -> jax.Array:
-    return weighted_mean((jnp.argmax(logit_V, axis=-1) == target).astype(jnp.float32), weight)
+def find_judged(batch: Batch, counts: Counts) -> dict[str, jax.Array]:
+    """The targets of each accuracy, as bools."""
+    text_BTS, valid_BT1 = batch["model_text"], batch["valid"][..., None]
+    return {
+        "text/word_accuracy": (text_BTS != IDLE) & (text_BTS != HOLD) & valid_BT1,
+        "text/idle_accuracy": (text_BTS == IDLE) & valid_BT1,
+        "heard/word_accuracy": (batch["heard"] != IDLE) & (counts.heard_BT > 0),
+        "seen/word_accuracy": (batch["seen"] != IDLE) & (counts.seen_BNS > 0),
+    }
 
 
-def recall(logit_SV: jax.Array, target_S: jax.Array, weight_S: jax.Array) -> jax.Array:
-    """Share of the S words, each with the same logits, that are among the S likeliest."""
+def share(hit: jax.Array, judged: jax.Array, everywhere: jax.Array) -> jax.Array:
+    """Of those `judged` in a micro-batch, by how many are on average `everywhere`; NaN where there are none."""
+    total = jnp.sum(everywhere) * len(judged) / len(everywhere)
+    return jnp.where(total > 0, jnp.sum(hit & judged) / jnp.maximum(total, 1e-6), jnp.nan)
+
+
+def right(logit_V: jax.Array, target: jax.Array) -> jax.Array:
+    return jnp.argmax(logit_V, axis=-1) == target
+
+
+def among_likeliest(logit_SV: jax.Array, target_S: jax.Array) -> jax.Array:
+    """Whether each of the S words, with the same logits, is among the S likeliest."""
     own_S = jnp.take_along_axis(logit_SV, target_S[..., None], axis=-1)
     likelier_S = jnp.sum(logit_SV > own_S, axis=-1)  # not top_k: XLA:CPU would sort the vocabulary
-    return weighted_mean((likelier_S < target_S.shape[-1]).astype(jnp.float32), weight_S)
+    return likelier_S < target_S.shape[-1]

@@ -22,7 +22,7 @@ from tmljax.train.metrics import TIME, Row
 from tmljax.train.optimizer import is_matrix
 from tmljax.train.state import Definition
 
-# Dense bfloat16 FLOP/s of one JAX device, by the beginning of its kind; the makers' numbers.
+# Dense bfloat16 FLOP/s of one JAX device, by the first that its kind begins with; the makers' numbers.
 PEAKS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
@@ -33,10 +33,12 @@ PEAKS = {
     "TPU7x": 1153.5e12,  # a chip is two devices
     "NVIDIA A100": 312e12,
     "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
     "NVIDIA H100": 989e12,
     "NVIDIA H200": 989e12,
     "NVIDIA GH200": 989e12,
     "NVIDIA B200": 2250e12,
+    "NVIDIA L40S": 362e12,
     "NVIDIA L40": 181e12,
     "NVIDIA L4": 121e12,
 }
@@ -91,18 +93,17 @@ def attention_flops(experiment: Experiment) -> float:
 class Stopwatch:
     """The time/ part of a row."""
 
-    def __init__(self, experiment: Experiment, flops: float | None, devices: list[jax.Device]):
+    def __init__(self, experiment: Experiment, flops: float | None, devices: list[jax.Device], step: int):
         batch, length = experiment.data.batch, experiment.data.window
         self._positions = batch * len(Layout(experiment.stream).positions(length))
         self._seconds = batch * length * MICROTURN_SECONDS
         peak = peak_flops(devices)
         self._use = None if flops is None or peak is None else flops / peak
-        self._since, self._steps, self._waited, self._apart = time.perf_counter(), 0, 0.0, 0.0
+        self._begin(step)
 
-    def count(self, waited: float) -> None:
-        """A step that stood still for `waited` seconds before its batch came."""
-        self._steps += 1
-        self._waited += waited
+    def stand_still(self, seconds: float) -> None:
+        """Time that the devices waited for a batch."""
+        self._waited += seconds
 
     @contextlib.contextmanager
     def apart(self) -> Iterator[None]:
@@ -111,20 +112,23 @@ class Stopwatch:
         yield
         self._apart += time.perf_counter() - before
 
-    def read(self) -> Row:
-        """Means over the steps since the last reading."""
-        elapsed = time.perf_counter() - self._since - self._apart
-        step = max(elapsed, 1e-9) / max(self._steps, 1)
+    def read(self, step: int) -> Row:
+        """Means over the steps since the last reading; `step` has just ended, whatever was dispatched after it."""
+        elapsed = max(time.perf_counter() - self._since - self._apart, 1e-9)
+        seconds = elapsed / (step - self._step)
         row = {
-            "step_seconds": step,
-            "positions_per_second": self._positions / step,
-            "conversation_seconds_per_second": self._seconds / step,
-            "data_wait": self._waited / max(elapsed, 1e-9),
+            "step_seconds": seconds,
+            "positions_per_second": self._positions / seconds,
+            "conversation_seconds_per_second": self._seconds / seconds,
+            "data_wait": self._waited / elapsed,
         }
         if self._use is not None:
-            row["mfu"] = self._use / step
-        self._since, self._steps, self._waited, self._apart = time.perf_counter(), 0, 0.0, 0.0
+            row["mfu"] = self._use / seconds
+        self._begin(step)
         return {TIME + name: value for name, value in row.items()}
+
+    def _begin(self, step: int) -> None:
+        self._step, self._since, self._waited, self._apart = step, time.perf_counter(), 0.0, 0.0
 
 
 def as_row(step: int, values: dict[str, Any]) -> Row:

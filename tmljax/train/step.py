@@ -79,8 +79,8 @@ def lose_batch(
 
 
 def evaluate_batch(lose: Callable[..., Any], params: Any, batch: Batch) -> Metrics:
-    _, (metrics, _) = lose(*split(params), batch, None)
-    return metrics
+    _, (metrics, routing) = lose(*split(params), batch, None)
+    return metrics | {"experts/dropped": routing.dropped}
 
 
 def take_step(
