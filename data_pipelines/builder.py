@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import functools
-import io
 import json
 import os
 import shutil
@@ -20,16 +18,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-import tensorflow_datasets as tfds
-from tensorflow_datasets.core import splits as tfds_splits
 from tqdm import tqdm
 
 from data_pipelines import beam, records
-from data_pipelines.plan import SPLITS, Shard, count_sessions, render_shard, shards
+from data_pipelines.plan import SPLITS, Shard, count_sessions, shards
 from data_pipelines.staging import is_whole, read_summary, render_all
-from data_pipelines.voices import Voices
 from tmljax import files, pulse
 from tmljax.config import Experiment, UserError
 from tmljax.stream.record import Session
@@ -74,65 +69,18 @@ def identity(experiment: Experiment) -> dict[str, Any]:
     }
 
 
-class Duplex(tfds.core.ShardBasedBuilder):
+class Duplex(records.Dataset):
     """Sessions of synthetic duplex conversation; see data_pipelines/records.py for the features."""
 
-    VERSION = tfds.core.Version("1.0.0")
-    url_infos: ClassVar[dict[str, Any]] = {}  # nothing is downloaded
 
-    def __init__(self, experiment: Experiment, **options: Any) -> None:
-        self._experiment = experiment
-        super().__init__(data_dir=os.fspath(folder(experiment)), file_format="array_record", **options)
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        stream = self._experiment.stream
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description=self.__doc__,
-            features=records.features(stream.video_height, stream.video_width),
-            disable_shuffling=True,
-        )
-
-    def _shard_iterators_per_split(self, dl_manager: Any) -> dict[str, list[Any]]:
-        planned = shards(self._experiment)
-        return {
-            split: [functools.partial(_examples, self._experiment, s) for s in planned if s.split == split]
-            for split in SPLITS
-        }
-
-    def _download_and_prepare(self, dl_manager: Any, download_config: Any = None) -> None:
-        """The staged shards are taken over."""
-        planned, staging = shards(self._experiment), folder(self._experiment) / STAGING
-        infos = []
-        for split in SPLITS:
-            template = self._get_filename_template(split_name=split)
-            mine = [shard for shard in planned if shard.split == split]
-            size = 0
-            for shard in mine:
-                source = staging / f"{shard.name}.array_record"
-                size += source.stat().st_size
-                target = template.sharded_filepath(shard_index=shard.index, num_shards=len(mine))
-                _link(source, Path(os.fspath(target)))
-            infos.append(
-                tfds_splits.SplitInfo(
-                    name=split, shard_lengths=[s.sessions for s in mine], num_bytes=size, filename_template=template
-                )
-            )
-        self.info.set_splits(tfds_splits.SplitDict(infos))
-
-
-def _link(source: Path, target: Path) -> None:
-    """Without moving `source`: a kill right now must leave a staging folder that is whole."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
-
-
-def _examples(experiment: Experiment, shard: Shard) -> Iterator[tuple[int, dict[str, Any]]]:
-    stream = experiment.stream
-    for number, session in enumerate(render_shard(experiment, shard, Voices())):
-        yield shard.first + number, records.encode(session, stream.video_height, stream.video_width)
+def dataset(experiment: Experiment) -> Duplex:
+    """Of the staged shards, or of what they became."""
+    planned, home = shards(experiment), folder(experiment)
+    staged = {
+        split: [(home / STAGING / f"{s.name}.array_record", s.sessions) for s in planned if s.split == split]
+        for split in SPLITS
+    }
+    return Duplex(home, experiment.stream, staged)
 
 
 def build(
@@ -260,18 +208,11 @@ def _finish(experiment: Experiment, planned: Sequence[Shard], staging: Path) -> 
         if shard.split == "train":
             words.update(summary["words"])
     Tokenizer.of_words(words, experiment.stream.vocab_size).save(tokenizer_path(experiment))
-    dataset = Duplex(experiment)
-    if not _is_whole(dataset):
-        shutil.rmtree(Path(dataset.data_dir).parent, ignore_errors=True)
-        dataset = Duplex(experiment)
-        with contextlib.redirect_stdout(io.StringIO()):
-            dataset.download_and_prepare(download_dir=folder(experiment) / STAGING)
+    if not dataset(experiment).whole:
+        shutil.rmtree(Path(dataset(experiment).data_dir).parent, ignore_errors=True)
+        dataset(experiment).take_over(staging)
     summary = {"sessions": sessions, "seconds": seconds, "words": dict(sorted(words.items()))}
     files.write_text(folder(experiment) / "summary.json", json.dumps(summary, indent=2) + "\n")
-
-
-def _is_whole(dataset: Duplex) -> bool:
-    return (Path(dataset.data_dir) / "dataset_info.json").exists()
 
 
 class Sessions(Sequence[Session]):
@@ -289,12 +230,12 @@ class Sessions(Sequence[Session]):
         if not -self._length <= index < self._length:
             raise IndexError(index)
         if self._source is None:
-            self._source = Duplex(self._experiment).as_data_source(self._split)
+            self._source = Duplex(folder(self._experiment), self._experiment.stream).as_data_source(self._split)
         return records.decode(self._source[index % self._length])
 
     def fingerprint(self) -> str:
         """Of the records; see data_pipelines/records.py."""
-        return records.fingerprint(Duplex(self._experiment).data_dir, self._split)
+        return records.fingerprint(Duplex(folder(self._experiment), self._experiment.stream).data_dir, self._split)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_source": None}

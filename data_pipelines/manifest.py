@@ -180,7 +180,7 @@ def _measure(sound: Path, where: str) -> float:
         header = soundfile.info(str(sound))
     except UserError as e:
         raise UserError(f"{where}: {e}") from None
-    except soundfile.LibsndfileError as e:
+    except (soundfile.LibsndfileError, TypeError) as e:  # TypeError: of a headerless .raw
         raise UserError(f"{where}: {sound} cannot be read as sound: {e}") from None
     if header.channels != 2:
         raise UserError(

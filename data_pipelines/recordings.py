@@ -13,18 +13,15 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import io
-import os
 import shutil
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from itertools import chain, islice, pairwise
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import soundfile
 import soxr
-import tensorflow_datasets as tfds
 from tqdm import tqdm
 
 from data_pipelines import records
@@ -41,33 +38,12 @@ RECORD_MICROTURNS = 300  # of a record, at most, unless the training window is l
 BLOCK_SECONDS = 20  # of sound in memory
 HELD_OUT = 20  # one record in so many is for validation
 SPLIT = "records"  # TFDS's one split, of which train and validation are parts
+RECORDS_A_FILE = 512
 FORMAT = 1  # raise it when the same files give other records
 
 
-class Recorded(tfds.core.GeneratorBasedBuilder):
+class Recorded(records.Dataset):
     """Real conversations; see data_pipelines/recordings.py."""
-
-    VERSION = tfds.core.Version("1.0.0")
-    url_infos: ClassVar[dict[str, Any]] = {}  # nothing is downloaded
-
-    def __init__(self, home: Path, stream: Stream, sessions: Iterator[Session] | None = None) -> None:
-        self._stream, self._sessions = stream, sessions
-        super().__init__(data_dir=os.fspath(home), file_format="array_record")
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        features = records.features(self._stream.video_height, self._stream.video_width)
-        return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
-
-    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-        return {SPLIT: self._generate_examples()}
-
-    def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        for number, session in enumerate(self._sessions):
-            yield number, records.encode(session, self._stream.video_height, self._stream.video_width)
-
-    @property
-    def whole(self) -> bool:
-        return (Path(self.data_dir) / "dataset_info.json").exists()
 
 
 def folder(manifest: str, experiment: Experiment) -> Path:
@@ -112,9 +88,13 @@ def prepare(manifest: str, experiment: Experiment, progress: bool = True) -> Pat
 
 def store(home: Path, stream: Stream, sessions: Iterator[Session]) -> None:
     """Writes `sessions` as records under `home`, for `Records` to read."""
-    tfds.disable_progress_bar()
-    with contextlib.redirect_stdout(io.StringIO()):
-        Recorded(home, stream, sessions).download_and_prepare()
+    staging, staged = home / ".staging", list[tuple[Path, int]]()
+    staging.mkdir(parents=True)
+    for first in sessions:
+        path = staging / f"{len(staged):05d}.array_record"
+        staged.append((path, records.write(path, chain([first], islice(sessions, RECORDS_A_FILE - 1)), stream)))
+    Recorded(home, stream, {SPLIT: staged}).take_over(staging)
+    shutil.rmtree(staging)
 
 
 @contextlib.contextmanager
@@ -172,7 +152,7 @@ class Records(Sequence[Session]):
 def split_records(count: int, split: str) -> list[int]:
     """Every 20th record is for validation; the last one where there are fewer, but more than one."""
     held = list(range(HELD_OUT - 1, count, HELD_OUT)) or ([count - 1] if count > 1 else [])
-    return held if split == "validation" else [number for number in range(count) if number not in set(held)]
+    return held if split == "validation" else sorted(set(range(count)).difference(held))
 
 
 def convert(recording: Recording, experiment: Experiment) -> Iterator[Session]:

@@ -1,17 +1,27 @@
-"""Sessions as TFDS features: what one record of the prepared dataset holds."""
+"""Sessions as TFDS features, what one record of a prepared dataset holds; files of them, and datasets of such files."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import functools
 import hashlib
+import io
 import json
 import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import tensorflow_datasets as tfds
-from tensorflow_datasets.core import example_serializer
+from tensorflow_datasets.core import dataset_builder, example_serializer, file_adapters
+from tensorflow_datasets.core import splits as tfds_splits
+from tensorflow_datasets.core import writer as tfds_writer
 
+from tmljax import files
+from tmljax.config import Stream
 from tmljax.stream.microturn import MEL
 from tmljax.stream.record import Session, Word
 
@@ -91,6 +101,90 @@ def decode(example: dict[str, Any]) -> Session:
         audio=array("audio"),
         truth=tuple(events["truth"]),
     )
+
+
+@functools.cache
+def _writer(stream: Stream) -> tfds_writer.ShardWriter:
+    described = features(stream.video_height, stream.video_width)
+    serializer = Serializer(described.get_serialized_info())
+    return tfds_writer.ShardWriter(
+        described, serializer, tfds_writer.ExampleWriter(file_adapters.FileFormat.ARRAY_RECORD)
+    )
+
+
+def write(path: Path, sessions: Iterable[Session], stream: Stream) -> int:
+    """One file, the same bytes for the same sessions whoever writes it; returns how many they were. Raises OSError when
+    the disk is full, which ArrayRecord's writer says in its own way."""
+    count = 0
+
+    def encoded() -> Iterator[tuple[int, dict[str, Any]]]:
+        nonlocal count
+        for session in sessions:
+            yield count, encode(session, stream.video_height, stream.video_width)
+            count += 1
+
+    try:
+        with files.whole(path) as part:
+            _writer(stream).write(encoded(), part)
+        return count
+    except (RuntimeError, ValueError) as e:
+        if files.is_full(e):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
+        raise
+
+
+class Dataset(dataset_builder.FileReaderBuilder, skip_registration=True):
+    """Files of records that TFDS takes over as its own: it would buffer and sort them, for which it needs TensorFlow.
+
+    `staged` are the files of each split in order, and how many records each has.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+    url_infos: ClassVar[dict[str, Any]] = {}  # nothing is downloaded
+
+    def __init__(
+        self, home: Path, stream: Stream, staged: Mapping[str, Sequence[tuple[Path, int]]] | None = None, **options: Any
+    ) -> None:
+        self._stream, self._staged = stream, staged
+        super().__init__(data_dir=os.fspath(home), file_format="array_record", **options)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        described = features(self._stream.video_height, self._stream.video_width)
+        return tfds.core.DatasetInfo(builder=self, description=self.__doc__, features=described, disable_shuffling=True)
+
+    def _download_and_prepare(self, dl_manager: Any, download_config: Any = None) -> None:
+        infos = []
+        for split, staged in self._staged.items():
+            template = self._get_filename_template(split_name=split)
+            for index, (source, _) in enumerate(staged):
+                target = template.sharded_filepath(shard_index=index, num_shards=len(staged))
+                _link(source, Path(os.fspath(target)))
+            infos.append(
+                tfds_splits.SplitInfo(
+                    name=split,
+                    shard_lengths=[records for _, records in staged],
+                    num_bytes=sum(source.stat().st_size for source, _ in staged),
+                    filename_template=template,
+                )
+            )
+        self.info.set_splits(tfds_splits.SplitDict(infos))
+
+    @property
+    def whole(self) -> bool:
+        return (Path(self.data_dir) / "dataset_info.json").exists()
+
+    def take_over(self, scratch: Path) -> None:
+        """Makes the staged files a dataset, as which they are whole or not there."""
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.download_and_prepare(download_dir=scratch)
+
+
+def _link(source: Path, target: Path) -> None:
+    """Without moving `source`: a kill right now must leave a staging folder that is whole."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 HEAD, TAIL = 1 << 12, 1 << 17  # bytes: the first record's checksum; the last records, and where each record begins

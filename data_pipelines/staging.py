@@ -5,7 +5,6 @@ NAME.json beside NAME.array_record is the sign that the shard is whole, and says
 
 from __future__ import annotations
 
-import errno
 import functools
 import json
 import multiprocessing
@@ -13,19 +12,17 @@ import os
 import signal
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
-
-from tensorflow_datasets.core import file_adapters
-from tensorflow_datasets.core import writer as tfds_writer
 
 from data_pipelines import records
 from data_pipelines.plan import Shard, render_shard
 from data_pipelines.voices import Voices
 from tmljax import files
-from tmljax.config import Experiment, Stream
+from tmljax.config import Experiment
+from tmljax.stream.record import Session
 
 
 def is_whole(shard: Shard, staging: Path) -> bool:
@@ -77,40 +74,20 @@ def voices() -> Voices:
     return Voices()
 
 
-@functools.cache
-def _shard_writer(stream: Stream) -> tfds_writer.ShardWriter:
-    features = records.features(stream.video_height, stream.video_width)
-    serializer = records.Serializer(features.get_serialized_info())
-    writer = tfds_writer.ExampleWriter(file_adapters.FileFormat.ARRAY_RECORD)
-    return tfds_writer.ShardWriter(features, serializer, writer)
-
-
 def render_to_file(experiment: Experiment, shard: Shard, staging: Path) -> float:
     """Renders one shard to staging/NAME.array_record and, as the sign that it is whole, NAME.json."""
-    stream = experiment.stream
     seconds: Counter[str] = Counter()
     sessions: Counter[str] = Counter()
     words: Counter[str] = Counter()
 
-    def examples() -> Iterator[tuple[int, dict[str, Any]]]:
-        for number, session in enumerate(render_shard(experiment, shard, voices())):
+    def rendered() -> Iterator[Session]:
+        for session in render_shard(experiment, shard, voices()):
             seconds[session.family] += session.frames / 40
             sessions[session.family] += 1
             words.update(w.text for w in (*session.user_words, *session.model_words, *session.typed))
-            yield shard.first + number, records.encode(session, stream.video_height, stream.video_width)
+            yield session
 
-    with files.whole(staging / f"{shard.name}.array_record") as path:
-        _write_shard(path, examples(), stream)
+    records.write(staging / f"{shard.name}.array_record", rendered(), experiment.stream)
     summary = {"sessions": dict(sessions), "seconds": dict(seconds), "words": dict(sorted(words.items()))}
     files.write_text(staging / f"{shard.name}.json", json.dumps(summary))
     return sum(seconds.values())
-
-
-def _write_shard(path: Path, examples: Iterable[tuple[int, dict[str, Any]]], stream: Stream) -> None:
-    """Raises OSError when the disk is full, which ArrayRecord's writer says in its own way."""
-    try:
-        _shard_writer(stream).write(examples, path)
-    except (RuntimeError, ValueError) as e:
-        if files.is_full(e):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
-        raise

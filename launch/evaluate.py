@@ -31,6 +31,7 @@ from absl import flags
 from tqdm import tqdm
 
 from data_pipelines.builder import open_split
+from data_pipelines.manifest import SYNTHETIC, parse_manifests, recorded
 from launch import verb
 from tmljax import cluster
 from tmljax.config import Data, UserError, nearest, to_json
@@ -249,9 +250,13 @@ def read_references(path: str | None) -> list[list[float]] | None:
         return None
     try:
         tree = json.loads(Path(path).read_text(encoding="utf-8"))
-        return [[float(x) for x in tree[key]] for key in sorted(tree, key=int)]
+        references = {key: [float(x) for x in tree[key]] for key in sorted(tree, key=int)}
     except (OSError, ValueError, TypeError) as e:
         raise UserError(f"--icc={path} is not an icc_gt_distribution.json: {e}") from None
+    for key, values in references.items():
+        if not all(math.isfinite(x) and x >= 0 for x in values) or not sum(values) > 0:
+            raise UserError(f"--icc={path}: {key} is no distribution: numbers from 0 up, not all of them 0")
+    return list(references.values())
 
 
 def assign(
@@ -261,6 +266,13 @@ def assign(
     if not references:
         return None
     return {s.id: references[k if k < len(references) else 0] for k, s in enumerate(sessions)}
+
+
+def sources_of(data: Data) -> list[str]:
+    """What of the data has weight."""
+    weights = parse_manifests(data.recordings)
+    synthetic = [f"{data.train_hours:g} h of synthetic conversation"] if weights.get(SYNTHETIC, 1) else []
+    return synthetic + ["recordings"] * bool(recorded(data.recordings))
 
 
 def describe(engine: Engine, tested: Data, microturns: int, seconds: float) -> dict[str, str]:
@@ -276,8 +288,7 @@ def describe(engine: Engine, tested: Data, microturns: int, seconds: float) -> d
         "experts": f"{moe.experts} routed, top {moe.top_k}" + (", 1 shared" if moe.shared_width else ""),
         "slots in a micro-turn": f"{engine.layout.slots}",
         "looks back": f"{experiment.model.window * MICROTURN_SECONDS:.0f} s",
-        "trained on": f"{experiment.data.train_hours:g} h of synthetic conversation"
-        + (" and recordings" if experiment.data.recordings else ""),
+        "trained on": " and ".join(sources_of(experiment.data)),
         "training steps": f"{engine.step:,} × {experiment.data.batch} examples",
         "evaluated on": f"{spoken / 60:.3g} min of conversation, clean runs included",
         "test of": f"dataset {tested.name}, seed {tested.seed}",

@@ -34,11 +34,23 @@ def main(argv: Sequence[str]) -> int:
     return 0 if step >= wanted else AGAIN
 
 
-def matters(argument: str) -> bool:
-    """Whether it says what is trained and for how long, as flags of the libraries do not."""
-    return not argument.startswith("-") or argument.lstrip("-").partition("=")[0] in KNOWN
+def keep_known(arguments: Sequence[str]) -> list[str]:
+    """Without flags of the libraries, in one word or in two, which say nothing of what is trained and for how long."""
+    kept, foreign = list[str](), False
+    for argument in arguments:
+        if argument.startswith("-"):
+            name, equals, _ = argument.lstrip("-").partition("=")
+            foreign = name not in KNOWN
+            if not foreign:
+                kept.append(argument)
+            foreign &= not equals  # the next word may be its value
+        else:
+            if not foreign:
+                kept.append(argument)
+            foreign = False
+    return kept
 
 
 if __name__ == "__main__":
     define_flags()
-    sys.exit(verb.run(main, keep=matters))
+    sys.exit(verb.run(main, keep=keep_known))

@@ -113,9 +113,9 @@ def refuse_file(flag: str) -> None:
 def run(
     main: Callable[[Sequence[str]], int | None],
     argv: Sequence[str] | None = None,
-    keep: Callable[[str], bool] = lambda argument: True,
+    keep: Callable[[Sequence[str]], Sequence[str]] = lambda arguments: arguments,
 ) -> int:
-    """Runs a verb, with the arguments to `keep`, and returns its exit code: 2 and one line for a user's mistake, 130
+    """Runs a verb, on what `keep` keeps of the arguments, and returns its exit code: 2 and one line for a mistake, 130
     after Ctrl-C, 141 where nobody reads on."""
     logging.set_verbosity(logging.FATAL)  # libraries log what they also raise
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see launch/__init__.py
@@ -125,7 +125,7 @@ def run(
         print(help_text(main))
         return 0
     try:
-        return main(parse_flags(list(filter(keep, rewrite_overrides(argv))))) or 0
+        return main(parse_flags(keep(rewrite_overrides(argv)))) or 0
     except UserError as e:
         return complain(str(e))
     except KeyboardInterrupt:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from data_pipelines import builder, plan, staging
+from data_pipelines import builder, plan, records
 from data_pipelines.scenarios import FAMILIES
 from data_pipelines.voices import Voices
 from tmljax.config import Data, Experiment, Stream, UserError
@@ -123,7 +123,7 @@ def test_another_seed_is_other_data(built, tmp_path):
 
 BUILD = """
     import sys
-    from data_pipelines import builder, plan, staging
+    from data_pipelines import builder, plan
     from tmljax.config import Data, Experiment
     if __name__ == "__main__":
         plan.SHARD = int(sys.argv[2])
@@ -220,7 +220,7 @@ def test_the_mixture_decides_the_families(tmp_path):
 
 def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, monkeypatch):
     wanted = experiment(tmp_path)
-    monkeypatch.setattr(staging, "_shard_writer", _full_after(4, staging._shard_writer))
+    monkeypatch.setattr(records, "_writer", _full_after(4, records._writer))
     with pytest.raises(UserError, match="disk is full"):
         builder.build(wanted, progress=False, workers=1)
     kept = builder.folder(wanted) / builder.STAGING

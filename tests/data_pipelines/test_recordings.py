@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
+import shutil
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -330,6 +333,28 @@ def test_what_was_stored_is_what_was_imported(tmp_path: Path) -> None:
     for expected, stored in zip(imported, [train[0], train[1], validation[0]], strict=True):
         assert_same_sessions(expected, stored)
         assert type(stored.user_words[0]) is Word
+
+
+def test_records_in_several_files_are_the_same_whatever_process_wrote_them(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(recordings, "RECORDS_A_FILE", 2)
+    path, experiment = prepare_talks(tmp_path)
+    imported, home = import_all(path, experiment), recordings.prepare(str(path), experiment)
+    written = {file.name: file.read_bytes() for file in home.rglob("*.array_record-*")}
+    assert len(written) == 2
+    train, validation = (recordings.open_manifest(str(path), experiment, split) for split in ("train", "validation"))
+    for expected, stored in zip(imported, [*train, *validation], strict=True):
+        assert_same_sessions(expected, stored)
+    shutil.rmtree(home)
+    program = (
+        "import pickle, sys; from data_pipelines import recordings; recordings.RECORDS_A_FILE = 2;"
+        "recordings.prepare(*pickle.loads(bytes.fromhex(sys.argv[1])), False)"
+    )
+    subprocess.run(
+        [sys.executable, "-c", program, pickle.dumps((str(path), experiment)).hex()],
+        cwd=Path(__file__).parents[2],
+        check=True,
+    )
+    assert {file.name: file.read_bytes() for file in home.rglob("*.array_record-*")} == written
 
 
 def test_a_manifest_is_imported_once_and_again_when_a_file_changes(

@@ -174,6 +174,26 @@ def test_live_refuses_what_it_cannot_do(tokenizer):
     assert live.open() == second
 
 
+def test_a_chunk_that_is_refused_costs_no_session_anything(tokenizer):
+    """Neither its neighbours nor itself: what the next tick gets is what it would have got."""
+    made = []
+    for refused in (False, True):
+        script = ScriptedEngine(tokenizer, sessions=2)
+        live = Live(script.engine)
+        first, second = live.open(), live.open()
+        frame, typed = np.full((40, 40, 3), 9, np.uint8), [5, 6]
+        good = {first: Chunk(noise(3200), typed=typed, frame=frame), second: Chunk(noise(3200, 1))}
+        for _ in range(2):
+            if refused:
+                with pytest.raises(ValueError, match="3200"):
+                    live.step(good | {second: Chunk(noise(100))})
+            live.step(good)
+        made.append(script.calls)
+    for plain, disturbed in zip(*made, strict=True):
+        for name in plain:
+            np.testing.assert_array_equal(plain[name], disturbed[name], err_msg=name)
+
+
 @pytest.fixture(scope="module")
 def params() -> Params:
     """Random everywhere: no path hides behind a zero."""

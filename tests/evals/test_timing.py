@@ -84,6 +84,17 @@ def test_bystander_is_an_event_of_its_family_only():
     assert events_of(session(silence, user=user, family="pause")) == []
 
 
+def test_a_request_after_it_is_no_part_of_the_event():
+    """Of what others say, and of what is heard in the background only; nor is it taken from the clean run."""
+    request = say("spell moon", 3.0)
+    end = request[-1].end
+    truth = {"kind": "silence", "window": [0.0, end]}, reply(end, 8.0, "m")
+    made = session(*truth, user=[*say("anna come here", 1.0), *request], family="no_answer")
+    assert events_of(made) == [(1.0, pytest.approx(2.2))]
+    assert [w.text for w in without_events(made).user_words] == ["spell", "moon"]
+    assert events_of(session(*truth, user=request, family="no_answer")) == [(0.0, 3.0)]
+
+
 @pytest.mark.parametrize(
     ("said", "act"),
     [

@@ -123,7 +123,12 @@ def test_refuses(workdir, tmp_path, capsys):
     empty.mkdir()
     broken = tmp_path / "icc.json"
     broken.write_text("{")
+    flat, odd = tmp_path / "flat.json", tmp_path / "odd.json"
+    flat.write_text('{"0": [1, 2], "1": []}')
+    odd.write_text('{"0": [0.5, NaN]}')
     for given, message in (
+        ({"workdir": workdir, "icc": flat}, "flat.json: 1 is no distribution"),
+        ({"workdir": workdir, "icc": odd}, "odd.json: 0 is no distribution"),
         ({"workdir": empty}, "no checkpoint"),
         ({"workdir": tmp_path / "nowhere"}, "no such folder"),
         ({"workdir": workdir, "suite": "turn_takin"}, "turn_takin is not one; did you mean turn_taking?"),

@@ -331,7 +331,8 @@ def test_finished_looks_for_the_last_step_that_can_be_read(tmp_path, wanted, cod
         "in a file": [f"--flagfile={tmp_path}/flags.txt"],
     }[form]
     flags = ["--config", "configs/smoke.py", *steps, f"--workdir={tmp_path}"]
-    done = Fakes(tmp_path).start("finished", *flags, "--a_flag_of_a_library=5")
+    foreign = ["--a_flag_of_a_library=5", "--verbosity", "1", "--alsologtostderr"]
+    done = Fakes(tmp_path).start("finished", *flags, *foreign, "--log_dir", "/nowhere")
     assert done.returncode == code, done.stderr
     assert f"step 5 of {wanted}" in done.stdout
 
@@ -344,6 +345,7 @@ def test_finished_agrees_with_the_checkpoints_of_a_training(tmp_path):
     done = fakes.start("finished", "--config=configs/smoke.py", f"--workdir={tmp_path}")
     assert f"step {checkpoint.steps(tmp_path)[-1]} of" in done.stdout
     refuses(fakes.start("finished", "--config=configs/smok.py", "--workdir=x"), "smoke.py?")
+    refuses(fakes.start("finished", "--config=configs/smoke.py", "--workdir=x", "y"), "'y' is not a flag")
     lone = ["--config=configs/smoke.py", "--workdir=x", "--config.train.steps"]
     refuses(fakes.start("finished", *lone), "--config.train.steps needs a value")
 

@@ -191,6 +191,10 @@ def test_only_an_export_is_replaced(copied, params, tokenizer):
         export.export(foreign / "thesis.tex", EXPERIMENT, tokenizer, params, step=1)
     assert [f.name for f in foreign.iterdir()] == ["thesis.tex"]
 
+    (copied / "out.wav").write_bytes(b"a talk")
+    with pytest.raises(UserError, match=r"holds out\.wav beside an export"):
+        export.export(copied, EXPERIMENT, tokenizer, params, step=1)
+    (copied / "out.wav").unlink()
     (foreign / "thesis.tex").unlink()
     for folder in (copied, foreign):  # an earlier export, an empty directory
         export.export(folder, EXPERIMENT, tokenizer, params, step=99)
@@ -215,6 +219,18 @@ def test_a_failed_export_leaves_all_as_it_was(copied, params, tokenizer, monkeyp
     before = {file.name: file.read_bytes() for file in copied.iterdir()}
     monkeypatch.setattr(export.files, "sync", fail)
     with pytest.raises(raised, match=message):
+        export.export(copied, EXPERIMENT, tokenizer, params, step=99)
+    assert {file.name: file.read_bytes() for file in copied.iterdir()} == before
+    assert [f.name for f in copied.parent.iterdir()] == ["copy"]
+
+
+def test_what_a_killed_export_left_is_put_in_order(copied, params, tokenizer, monkeypatch):
+    """One killed between the two renames, and the next that fails."""
+    before = {file.name: file.read_bytes() for file in copied.iterdir()}
+    copied.rename(copied.with_name(".copy.replaced"))
+    copied.with_name(".copy.partial").mkdir()
+    monkeypatch.setattr(export, "save_file", lambda *_, **__: (_ for _ in ()).throw(OSError(errno.EIO, "bad disk")))
+    with pytest.raises(UserError, match="bad disk"):
         export.export(copied, EXPERIMENT, tokenizer, params, step=99)
     assert {file.name: file.read_bytes() for file in copied.iterdir()} == before
     assert [f.name for f in copied.parent.iterdir()] == ["copy"]

@@ -73,6 +73,9 @@ def test_bad_files_say_what_is_wrong(content, complaint, tmp_path):
 
 
 def test_missing_folder_and_not_finite(tmp_path):
+    (tmp_path / "headerless.raw").write_bytes(bytes(4000))
+    with pytest.raises(UserError, match="not a readable sound file"):
+        audio.read_audio(tmp_path / "headerless.raw")
     with pytest.raises(UserError, match="no such file"):
         audio.read_audio(tmp_path / "none.wav")
     with pytest.raises(UserError, match="not a file"):

@@ -188,6 +188,7 @@ def full_session(frames=80, seed=0):
         model_words=words,
         typed=words,
         video=rng.integers(0, 256, (4, 40, 40, 3), np.uint8),
+        seen=words,
     )
 
 

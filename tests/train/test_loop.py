@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests.train import toy
-from tmljax import checkpoint
+from tmljax import checkpoint, cluster
 from tmljax.config import UserError
 from tmljax.train import feed, loop, speed
 from tmljax.train.metrics import FILE, TIME, read_rows
@@ -72,18 +72,36 @@ def test_rows_do_not_depend_on_how_often_they_are_written(straight, tmp_path):
 
 
 @pytest.mark.parametrize("log_every", [1, 2, 3])
-def test_a_step_of_a_second_is_a_second_in_every_row(tmp_path, monkeypatch, log_every):
-    """By a clock that moves only where a step ends: beside evaluations, saves, and steps that ran ahead."""
-    hand, report = [0.0], loop.report
+def test_a_second_and_a_half_of_waiting_are_a_step_in_every_row(tmp_path, monkeypatch, log_every):
+    """By a clock that moves only where a step ends and where its batch comes: beside evaluations, saves, steps that ran
+    ahead, a compilation and a resumption."""
+    hand, report, take, compiles = [0.0], loop.report, feed.Feed.next, cluster.compile_together
     monkeypatch.setattr(speed.time, "perf_counter", lambda: hand[0])
 
-    def end_step(*arguments):
+    def end_step(*arguments, **more):
         hand[0] += 1
-        report(*arguments)
+        report(*arguments, **more)
+
+    def wait(*arguments):
+        fed = take(*arguments)
+        hand[0] += 0.5
+        return fed._replace(waited=0.5)
+
+    def compile_slowly(*arguments):
+        hand[0] += 7
+        compiles(*arguments)
 
     monkeypatch.setattr(loop, "report", end_step)
-    toy.run(tmp_path, toy.experiment(16, train={"log_every": log_every, "save_every": 5}))
-    assert {row["time/step_seconds"] for row in read_rows(tmp_path / FILE)} == {1.0}
+    monkeypatch.setattr(feed.Feed, "next", wait)
+    monkeypatch.setattr(cluster, "compile_together", compile_slowly)
+    for steps in (10, 16):
+        toy.run(tmp_path, toy.experiment(steps, train={"log_every": log_every, "save_every": 5}))
+    first, *others = read_rows(tmp_path / FILE)
+    assert first["time/step_seconds"] == 1  # it waited for its batch while it compiled
+    resumed = next(row for row in others if row["step"] > 10)
+    steps = resumed["step"] - 10
+    assert resumed["time/step_seconds"] == pytest.approx((1.5 * steps - 0.5) / steps)
+    assert {(row["time/step_seconds"], row["time/data_wait"]) for row in others if row is not resumed} == {(1.5, 1 / 3)}
 
 
 def test_two_batches_are_on_the_devices_at_most(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ of a micro-turn.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections import deque
@@ -109,9 +110,11 @@ class Live:
         """One micro-turn of every open session. Raises ValueError unless each has its chunk."""
         if sorted(chunks) != self.open_slots:
             raise ValueError(f"a micro-turn passes for every session: open {self.open_slots}, given {sorted(chunks)}")
-        inputs = self._inputs(chunks)
+        inputs, after = self._inputs(chunks)
         begin = time.perf_counter()
         self._state, outputs = self.engine.tick(self._state, inputs)
+        for n in chunks:
+            self._slots[n] = after[n]
         outputs = {name: np.asarray(value) for name, value in outputs.items()}
         tick_ms = 1e3 * (time.perf_counter() - begin)
         begin = time.perf_counter()
@@ -119,10 +122,13 @@ class Live:
         audio = dict(zip(chunks, self.engine.vocoder.push(voices, mel_NFM), strict=True))
         vocoder_ms = 1e3 * (time.perf_counter() - begin)
         text, heard, mel = outputs["model_text"], outputs["heard"], outputs["model_mel"]
-        return {n: Spoken(audio[n], text[n], int(heard[n]), mel[n], tick_ms, vocoder_ms) for n in chunks}
+        return {
+            n: Spoken(audio[n], text[n].copy(), int(heard[n]), mel[n].copy(), tick_ms, vocoder_ms) for n in chunks
+        }  # copies, for a view would keep what all slots said
 
-    def _inputs(self, chunks: Mapping[int, Chunk]) -> Arrays:
-        """Empty slots are reset at every tick, so that nothing in them ages."""
+    def _inputs(self, chunks: Mapping[int, Chunk]) -> tuple[Arrays, dict[int, _Slot]]:
+        """Of the tick, and the sessions once it has passed; those of now stay as they are, so that a chunk that is
+        refused costs nothing. Empty slots are reset at every tick, so that nothing in them ages."""
         N, layout = self.engine.sessions, self.engine.layout
         inputs = {
             "user_dmel": np.tile(SILENT_BINS, (N, FRAMES, 1)),
@@ -133,8 +139,9 @@ class Live:
             "reset": np.ones(N, bool),
             "seed": np.zeros(N, np.uint32),
         }
+        after = {n: dataclasses.replace(self._slots[n], typed=self._slots[n].typed.copy()) for n in chunks}
         for n, chunk in chunks.items():
-            slot = self._slots[n]
+            slot = after[n]
             if chunk.audio is None:
                 slot.mel = dmel.MelState()
             else:
@@ -149,7 +156,7 @@ class Live:
                 slot.frame = None
             inputs["reset"][n], inputs["seed"][n] = slot.microturn == 0, slot.seed
             slot.microturn += 1
-        return inputs
+        return inputs, after
 
 
 def _whole_chunk(audio: np.ndarray) -> np.ndarray:

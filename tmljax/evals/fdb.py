@@ -110,12 +110,12 @@ class Writer:
 
     def overlap(self, item: Item) -> None:
         subset = {"interruption": "user_interruption", "user_backchannel": "user_backchannel"}.get(item.session.family)
+        event = events_of(item.session)[0]
         if subset is None:
-            speaks = any(intervals.overlapping(item.session.user_words, *t["window"]) for t in item.truths("silence"))
+            speaks = intervals.overlapping(item.session.user_words, event[0], event[1] - intervals.ROUNDING)
             subset = "talking_to_other" if speaks else "background_speech"
         folder = self.root / "v1_5" / subset / item.session.id
         clean = without_events(item.session)
-        event = events_of(item.session)[0]
         for prefix, session, performance in (("", item.session, item.performance), ("clean_", clean, item.clean)):
             put(folder / f"{prefix}input", user_audio(session), session.user_words)
             put(folder / f"{prefix}output", performance.audio, performance.words)

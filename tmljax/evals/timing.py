@@ -30,6 +30,7 @@ from tmljax.stream.record import Session, Word
 Behaviour = Literal["respond", "resume", "silent", "other"]
 
 FADE = 0.02  # seconds at both ends of what is blanked
+REST = 0.45  # seconds between what is said to others and a request, at least
 
 
 def stop_intervals(user: Sequence[Interval], model: Sequence[Interval]) -> list[Interval]:
@@ -68,9 +69,15 @@ def events_of(session: Session) -> list[Interval]:
 
 
 def bystander(session: Session, window: Sequence[float]) -> Interval:
-    """From the first to the last word inside the window, or the whole window where no words are known."""
-    words = intervals.overlapping(session.user_words, *window)
-    return (min(w.start for w in words), max(w.end for w in words)) if words else tuple(window)
+    """From the first to the last word inside the window, or the whole window where no words are known; of a window that
+    ends with a request what comes before that."""
+    begin, end = window
+    words = sorted(intervals.overlapping(session.user_words, begin, end), key=lambda w: w.start)
+    if any(t["kind"] == "reply" and abs(t["after"] - end) < REST for t in session.truth):
+        request = max((k for k in range(1, len(words)) if words[k].start - words[k - 1].end >= REST), default=0)
+        end = words[request].start if words else end
+        words = words[:request]
+    return (words[0].start, max(w.end for w in words)) if words else (begin, end)
 
 
 def without_events(session: Session) -> Session:

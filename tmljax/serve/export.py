@@ -32,7 +32,7 @@ from tmljax.config import Experiment, UserError
 from tmljax.decode.engine import Arrays, program_shapes
 from tmljax.decode.program import PLATFORMS, initial_state, lower_tick, weights_of
 from tmljax.model.interaction import Definition
-from tmljax.serve.bundle import FORMAT, FORMAT_VERSION, is_export
+from tmljax.serve.bundle import FILES, FORMAT, FORMAT_VERSION, is_export
 from tmljax.stream.text import Tokenizer
 
 RECORDED = ("jax", "jaxlib", "flax", "numpy", "safetensors", "tokenizers")
@@ -84,19 +84,28 @@ def export(
 
 
 def refuse_foreign(output: Path) -> None:
-    """Raises UserError unless `output` is free, empty or an export that may be replaced."""
+    """Raises UserError unless `output` is free, empty or an export, and nothing else, that may be replaced."""
     if output.exists() and not output.is_dir():
         raise UserError(f"{output} is a file; --output must name a directory")
-    if output.is_dir() and any(output.iterdir()) and not is_export(output):
+    if not output.is_dir() or not any(output.iterdir()):
+        return
+    if not is_export(output):
         raise UserError(f"{output} holds other things than an export; name an empty or a new directory")
+    others = sorted({path.name for path in output.iterdir()} - {*FILES, "manifest.json"})
+    if others:
+        raise UserError(f"{output} holds {', '.join(others)} beside an export; move that away, or name a new directory")
 
 
 @contextlib.contextmanager
 def _whole_directory(output: Path) -> Iterator[Path]:
-    """A new folder beside `output` that takes its place at the end, or vanishes when anything goes wrong."""
-    folder = output.with_name(f".{output.name}.{os.getpid()}.partial")
-    replaced = output.with_name(f".{output.name}.{os.getpid()}.replaced")
+    """A new folder beside `output` that takes its place at the end, or vanishes when anything goes wrong. What an
+    export that was killed left behind is put in order first."""
+    folder, replaced = (output.with_name(f".{output.name}.{state}") for state in ("partial", "replaced"))
     try:
+        if replaced.exists() and not output.exists():
+            replaced.rename(output)
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
         folder.mkdir(parents=True)
         yield folder
         for path in folder.iterdir():

@@ -39,7 +39,7 @@ def read_audio(path: str | os.PathLike[str]) -> np.ndarray:
         with soundfile.SoundFile(name) as file:
             promised, rate = file.frames, file.samplerate
             samples = file.read(dtype="float32", always_2d=True)
-    except (soundfile.LibsndfileError, OSError) as e:
+    except (soundfile.LibsndfileError, OSError, TypeError) as e:  # TypeError: of a headerless .raw
         raise UserError(f"{name}: not a readable sound file ({e}); WAV, FLAC, Ogg and MP3 are") from None
     if len(samples) < promised:
         raise UserError(f"{name}: truncated, {len(samples)} of {promised} samples are there; copy or record it again")

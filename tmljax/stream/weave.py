@@ -55,13 +55,15 @@ def weave(session: Session, layout: Layout, tokenizer: Tokenizer, start: int = 0
     first, count = (0, T) if length is None else (start, length)
     _check_window(first, count, every)
     present = first + np.arange(count) < real
-    video, video_present = _weave_video(session.video, layout, first // every, min(count, max(T - first, 0)) // every)
+    frames = min(count, max(T - first, 0)) // every
+    video, video_present = _weave_video(session.video, layout, first // every, frames)
+    seen = _weave_seen(session.seen, tokenizer, first // every, frames, every * MICROTURN_SECONDS)
     streams = {
         "user_dmel": _fold(session.user_dmel, first * FRAMES, count, _SILENT_BINS),
         "user_present": present & (session.user_dmel is not None),
         "video": _pad(video, count // every, 0),
         "video_present": _pad(video_present, count // every, False),
-        "seen": _weave_seen(session.seen, tokenizer, first // every, count // every, every * MICROTURN_SECONDS),
+        "seen": _pad(seen, count // every, ABSENT),
         "model_mel": _fold(session.model_mel, (first + OUTPUT_LAG) * FRAMES, count, _SILENT_MEL),
         "valid": present,
     }

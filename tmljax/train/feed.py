@@ -62,8 +62,8 @@ class Feed:
                 continue
             if isinstance(read, BaseException):
                 raise read
-            waited = 0.0 if working else time.perf_counter() - idle_since
-            return Fed(to_devices(read.batch, self._sharding), read.state, waited)
+            batch = to_devices(read.batch, self._sharding)
+            return Fed(batch, read.state, 0.0 if working else time.perf_counter() - idle_since)
 
     def close(self) -> None:
         self._ended.set()

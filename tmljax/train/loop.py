@@ -148,10 +148,11 @@ def run_steps(run: Run, state: State, step: int, feed: Feed, stop: cluster.StopN
         step += 1
         run.profile.after(step, metrics)
         stop.tell()
-        if step == first + 1:
+        if step == first + 1:  # compiled
             run.ledger.trains()
+            run.watch.begin(first)
         if unread is not None:
-            report(run, *unread)
+            report(run, *unread, ahead=fed.waited)
         unread = (step, metrics)
         run.checkpoints.poll()
 
@@ -190,8 +191,8 @@ def next_batch(run: Run, feed: Feed, step: int, unread: tuple[int, Metrics] | No
     return fed
 
 
-def report(run: Run, step: int, metrics: Metrics, held_out: dict[str, float] | None = None) -> None:
-    """Waits for the step; writes its row where one is due."""
+def report(run: Run, step: int, metrics: Metrics, held_out: dict[str, float] | None = None, ahead: float = 0.0) -> None:
+    """Waits for the step; writes its row where one is due. For the next one the devices have waited `ahead` seconds."""
     jax.block_until_ready(metrics)
     config = run.experiment.train
     if run.progress is not None:
@@ -200,7 +201,7 @@ def report(run: Run, step: int, metrics: Metrics, held_out: dict[str, float] | N
         if run.journal is not None:
             run.ledger.keep_up(step)
         return
-    row = as_row(step, jax.device_get(metrics) | (held_out or {})) | run.watch.read(step)
+    row = as_row(step, jax.device_get(metrics) | (held_out or {})) | run.watch.read(step, ahead)
     if run.journal is not None and run.progress is not None:
         row |= run.ledger.write(step)
         run.journal.write(row)

@@ -14,9 +14,8 @@ import time
 from pathlib import Path
 from typing import TextIO
 
-from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto import event_pb2
+from tensorboardX.proto import event_pb2, summary_pb2
 from tqdm import tqdm
 
 from tmljax import files
@@ -44,7 +43,7 @@ class Journal:
         self._lines.flush()
         for name, value in row.items():
             if name != "step":
-                scalar = summary.scalar(name, value)
+                scalar = summary_pb2.Summary(value=[summary_pb2.Summary.Value(tag=name, simple_value=value)])
                 self._events.write_event(event_pb2.Event(wall_time=time.time(), step=int(row["step"]), summary=scalar))
         self._events.flush()
 

@@ -209,7 +209,7 @@ def find_judged(batch: Batch, counts: Counts) -> dict[str, jax.Array]:
 
 def share(hit: jax.Array, judged: jax.Array, everywhere: jax.Array) -> jax.Array:
     """Of those `judged` in a micro-batch, by how many are on average `everywhere`; NaN where there are none."""
-    total = jnp.sum(everywhere) * len(judged) / len(everywhere)
+    total = jnp.sum(everywhere) * (len(judged) / len(everywhere))
     return jnp.where(total > 0, jnp.sum(hit & judged) / jnp.maximum(total, 1e-6), jnp.nan)
 
 

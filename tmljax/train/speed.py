@@ -99,7 +99,11 @@ class Stopwatch:
         self._seconds = batch * length * MICROTURN_SECONDS
         peak = peak_flops(devices)
         self._use = None if flops is None or peak is None else flops / peak
-        self._begin(step)
+        self.begin(step)
+
+    def begin(self, step: int, ahead: float = 0.0) -> None:
+        """After this step, `ahead` of which the devices have waited for the next one's batch."""
+        self._step, self._since, self._waited, self._apart = step, time.perf_counter() - ahead, ahead, 0.0
 
     def stand_still(self, seconds: float) -> None:
         """Time that the devices waited for a batch."""
@@ -112,23 +116,21 @@ class Stopwatch:
         yield
         self._apart += time.perf_counter() - before
 
-    def read(self, step: int) -> Row:
-        """Means over the steps since the last reading; `step` has just ended, whatever was dispatched after it."""
-        elapsed = max(time.perf_counter() - self._since - self._apart, 1e-9)
+    def read(self, step: int, ahead: float = 0.0) -> Row:
+        """Means over the steps since the last reading. After `step` the devices have waited `ahead` seconds for the
+        batch of one that was dispatched since."""
+        elapsed = max(time.perf_counter() - self._since - self._apart - ahead, 1e-9)
         seconds = elapsed / (step - self._step)
         row = {
             "step_seconds": seconds,
             "positions_per_second": self._positions / seconds,
             "conversation_seconds_per_second": self._seconds / seconds,
-            "data_wait": self._waited / elapsed,
+            "data_wait": (self._waited - ahead) / elapsed,
         }
         if self._use is not None:
             row["mfu"] = self._use / seconds
-        self._begin(step)
+        self.begin(step, ahead)
         return {TIME + name: value for name, value in row.items()}
-
-    def _begin(self, step: int) -> None:
-        self._step, self._since, self._waited, self._apart = step, time.perf_counter(), 0.0, 0.0
 
 
 def as_row(step: int, values: dict[str, Any]) -> Row:
