@@ -20,7 +20,7 @@ from tmljax.ops import experts as expert_ops
 from tmljax.ops.experts import Experts
 from tmljax.ops.norm import rms_norm
 from tmljax.ops.project import project
-from tmljax.ops.rope import Rotation, rotate
+from tmljax.ops.rope import Rotate
 from tmljax.ops.route import route
 
 Look = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]  # (q, own k, own v, sinks) -> mixed values
@@ -51,14 +51,14 @@ class Attention(nnx.Module):
         self.sink = constant((H,), ("small",))
 
     @jax.named_scope("attention")
-    def __call__(self, x_BPD: jax.Array, rotation: Rotation, look: Look) -> jax.Array:
+    def __call__(self, x_BPD: jax.Array, rotate: Rotate, look: Look) -> jax.Array:
         (H, K, h), (B, P, _) = self.shape, x_BPD.shape
         y_BPD = rms_norm(x_BPD, self.norm[...])
         weight = lambda w: w[...].astype(x_BPD.dtype)  # noqa: E731
         q_BPHh = jnp.dot(y_BPD, weight(self.q)).reshape(B, P, H, h)
         k_BPKh, v_BPKh = (x.reshape(B, P, K, h) for x in project(y_BPD, weight(self.k), weight(self.v)))
-        q_BPHh = rotate(rms_norm(q_BPHh, self.q_norm[...]), rotation)
-        k_BPKh = rotate(rms_norm(k_BPKh, self.k_norm[...]), rotation)
+        q_BPHh = rotate(rms_norm(q_BPHh, self.q_norm[...]))
+        k_BPKh = rotate(rms_norm(k_BPKh, self.k_norm[...]))
         out_BPHh = look(q_BPHh, k_BPKh, v_BPKh, self.sink[...])
         return jnp.dot(out_BPHh.reshape(B, P, H * h), weight(self.out))
 
@@ -136,13 +136,13 @@ class Block(nnx.Module):
     def __call__(
         self,
         x_BPD: jax.Array,
-        rotation: Rotation,
+        rotate: Rotate,
         look: Look,
         mesh: Mesh | None,
         tick: bool,
         counts_BP: jax.Array | None = None,
     ) -> tuple[jax.Array, MoeReport]:
         """Positions where `counts_BP` is False, all do by default, go to no routed expert."""
-        x_BPD = x_BPD + self.attention(x_BPD, rotation, look)
+        x_BPD = x_BPD + self.attention(x_BPD, rotate, look)
         y_BPD, report = self.experts(x_BPD, mesh, tick, counts_BP)
         return x_BPD + y_BPD, report

@@ -80,13 +80,13 @@ class Trunk(nnx.Module):
         that others may see, `counts_BP` those that something comes of (all, by default).
         """
         turn_P, slot_P = place_P2.T
-        turns = rotation(start_B[:, None] + turn_P[None], self.model.head_dim)
+        rotate = rotation(start_B[:, None] + turn_P[None], self.model.head_dim, platform(mesh))
         plan = choose_attention(self.model, mesh)
         look = make_look(turn_P, slot_P, present_BP, self.model.window, plan, mesh)
         graph, stacked = nnx.split(self.blocks)
 
         def step(x_BPD, layer):
-            return nnx.merge(graph, layer)(spread(x_BPD, mesh), turns, look, mesh, tick=False, counts_BP=counts_BP)
+            return nnx.merge(graph, layer)(spread(x_BPD, mesh), rotate, look, mesh, tick=False, counts_BP=counts_BP)
 
         if self.model.remat != "none":
             step = jax.checkpoint(step, policy=REMAT[self.model.remat], prevent_cse=False)
@@ -102,7 +102,7 @@ class Trunk(nnx.Module):
         ring = cache.announce(ring, time_Nn, slot_n, present_Nn)
         visible_NnQ = see(time_Nn, slot_n, *cache.keys(ring), self.model.window)
         graph, stacked = nnx.split(self.blocks)
-        turns = rotation(time_Nn, self.model.head_dim)
+        rotate = rotation(time_Nn, self.model.head_dim, platform(None))
 
         def step(carry, layer_and_index):
             (x_NnD, ring), (layer, index) = carry, layer_and_index
@@ -112,7 +112,7 @@ class Trunk(nnx.Module):
                 k_NQKh, v_NQKh, rings[0] = cache.write(ring, index, k_NnKh, v_NnKh, time_Nn, slot_n)
                 return attend(q_NnHh, k_NQKh, v_NQKh, visible_NnQ, sink_H)
 
-            x_NnD, _ = nnx.merge(graph, layer)(x_NnD, turns, look, None, tick=True)
+            x_NnD, _ = nnx.merge(graph, layer)(x_NnD, rotate, look, None, tick=True)
             return (x_NnD, rings[0]), None
 
         indices = jnp.arange(self.model.layers)
