@@ -13,13 +13,15 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 TRAINING = """
-import ctypes, os, signal
+import ctypes, os, signal, sys, time
 from tmljax import cluster
 
+sys.setswitchinterval(60)  # so that other threads hear of the signal after the notice only
 cluster.leave_when_asked()
 with cluster.StopNotice() as stop:
     os.kill(os.getpid(), signal.SIGTERM)
     assert stop.wanted
+time.sleep(0.2)
 print("saved", flush=True)
 lock = ctypes.create_string_buffer(64)  # a mutex of C, which no signal ends the wait for
 while True:

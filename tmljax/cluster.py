@@ -149,6 +149,9 @@ def compiler_options(mesh: Mesh, cpu_level: int) -> dict[str, int | bool] | None
     return {"xla_backend_optimization_level": cpu_level} if platform == "cpu" else None
 
 
+_asked = threading.Lock()  # once taken, never given back: the process is leaving
+
+
 def leave_when_asked() -> None:
     """SIGTERM ends this process at once, with exit code 0, wherever `StopNotice` has nothing to save: before the first
     step and after the last, too, a stop is no failure.
@@ -163,15 +166,18 @@ def leave_when_asked() -> None:
 
     def listen() -> None:
         while numbers := os.read(heard, 64):
-            if signal.SIGTERM in numbers and signal.getsignal(signal.SIGTERM) is _leave:
-                os.write(2, b"asked to leave, with nothing to save; the same command goes on\n")
-                os._exit(0)
+            if signal.SIGTERM in numbers:
+                _leave()
 
     threading.Thread(target=listen, name="leave when asked", daemon=True).start()
 
 
 def _leave(*_: object) -> None:
-    """What SIGTERM does is done by `leave_when_asked`."""
+    if _asked.acquire(blocking=False):
+        try:
+            os.write(2, b"asked to leave, with nothing to save; the same command goes on\n")
+        finally:
+            os._exit(0)
 
 
 class StopNotice:
@@ -187,6 +193,7 @@ class StopNotice:
         self._own: signal.Signals | None = None
         self._told: deque[jax.Array] = deque()
         self._before: dict[signal.Signals, Any] = {}
+        self._wakeup = -1
 
     def tell(self) -> None:
         """After a step was dispatched; every process tells as often."""
@@ -204,6 +211,7 @@ class StopNotice:
         return self.signal is not None
 
     def __enter__(self) -> Self:
+        self._wakeup = signal.set_wakeup_fd(-1)  # the thread that leaves when asked hears of no signal that comes here
         for number in (signal.SIGTERM, signal.SIGINT):
             self._before[number] = signal.signal(number, self._note)
         return self
@@ -211,6 +219,7 @@ class StopNotice:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
 
     def _note(self, number: int, _: FrameType | None) -> None:
         if self._own is signal.SIGINT and number == signal.SIGINT:
