@@ -15,7 +15,8 @@ Room is `capacity_factor` times a balanced load, and what fills experts' last ti
 counted. `None` makes room for the worst case, so that nothing is dropped.
 
 Legend: B batch, P positions, N = B x P (of this device inside `shard_map`), A assignments = N x k, D d_model,
-E experts, W expert width, k chosen experts, M members of the expert axis, G = M x N, R rows of a buffer.
+E experts, W expert width, k chosen experts, M members of the expert axis, G = M x N, R rows of a buffer, f members of
+fsdp, X and Y any dims.
 """
 
 import math
@@ -245,10 +246,7 @@ def apply_experts(
         return on_device(x_BPD, routing.expert_BPk, routing.gate_BPk, experts)
 
     def on_mesh(x_BPD, expert_BPk, gate_BPk, experts):
-        gate, up, down = experts
-        whole = partial(jax.lax.all_gather, axis_name="fsdp", tiled=True)  # its transpose scatters the gradients' sum
-        experts = Experts(whole(gate, axis=1), whole(up, axis=1), whole(down, axis=1))
-        y_BPD, dropped = on_device(x_BPD, expert_BPk, gate_BPk, experts)
+        y_BPD, dropped = on_device(x_BPD, expert_BPk, gate_BPk, Experts(*map(gather_parts, experts)))
         return jax.lax.psum(y_BPD, "tensor"), jax.lax.psum(dropped, TOKEN_AXES)
 
     rows = PartitionSpec(BATCH_AXES, "context", None)
@@ -261,3 +259,15 @@ def apply_experts(
         check_vma=False,
     )
     return sharded(x_BPD, routing.expert_BPk, routing.gate_BPk, experts)
+
+
+def gather_parts(part_EXY: jax.Array) -> jax.Array:
+    """[E, f X, Y], of the parts that the f members of `fsdp` hold; the transpose scatters the gradients' sum.
+
+    Where X is an odd multiple of 8, XLA:TPU would sum all and cut, which takes twice as long and hides behind nothing.
+    There the members are a dimension of their own, for which the gradients are copied once.
+    """
+    E, X, Y = part_EXY.shape
+    if X % 16 != 8:
+        return jax.lax.all_gather(part_EXY, "fsdp", axis=1, tiled=True)
+    return jax.lax.all_gather(part_EXY, "fsdp", axis=1).reshape(E, -1, Y)
