@@ -17,7 +17,8 @@ def test_tiles_hold_the_whole_depth_and_no_part_of_a_tile():
 
 
 def test_grouped_in_several_tiles_of_rows_and_columns(monkeypatch):
-    """Three tiles of rows, of which experts share two; two and three of columns; one expert has no row."""
+    """Three tiles of rows, of which experts share two; two and three of columns; one expert has no row. Gates that
+    come before the last product are those of its result."""
     monkeypatch.setattr(experts, "TILE_WEIGHTS", 2**15)
     R, D, W, sizes = 700, 256, 384, np.array([300, 0, 190, 210], np.int32)
     assert experts.tile(R, D, W)[2] == experts.tile(R, W, D)[2] == 128
@@ -26,9 +27,17 @@ def test_grouped_in_several_tiles_of_rows_and_columns(monkeypatch):
         for key, shape in zip(jax.random.split(jax.random.key(0), 5), [(R, D), (4, D, W), (4, D, W), (4, W, D), (R, D)])
     )
 
-    def run(product):
-        out, pull = jax.vjp(lambda x, weights: product(x, sizes, weights), x_RD, Experts(gate, up, down))
+    gate_R = jax.random.uniform(jax.random.key(1), (R,))
+
+    def run(f):
+        out, pull = jax.vjp(f, x_RD, Experts(gate, up, down), gate_R)
         return out, pull(d_RD)
 
-    ours, plain = run(partial(experts.grouped, interpret=True)), run(experts.ragged)
-    jax.tree.map(partial(np.testing.assert_allclose, atol=2e-5, rtol=2e-4), ours, plain)
+    def compare(product, plain):
+        same = partial(np.testing.assert_allclose, atol=2e-5, rtol=2e-4)
+        jax.tree.map(same, run(lambda x, w, _: product(x, sizes, w)), run(lambda x, w, _: plain(x, sizes, w)))
+        gated = run(lambda x, w, gate_R: plain(x, sizes, w) * gate_R[:, None])
+        jax.tree.map(same, run(lambda x, w, gate_R: product(x, sizes, w, gate_R)), gated)
+
+    compare(partial(experts.grouped, interpret=True), experts.ragged)
+    compare(experts.ragged, experts.ragged)

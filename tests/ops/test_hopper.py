@@ -68,6 +68,13 @@ def test_one_product_for_gate_and_up_and_its_gradients(kernels):
     jax.tree.map(partial(np.testing.assert_allclose, atol=2e-5, rtol=2e-4), ours, plain)
 
 
+def test_shares_before_the_last_product(kernels):
+    share_R = jnp.linspace(0.0, 1.0, R)
+    before = forward_and_back(partial(experts.hopper, share_R=share_R), jnp.float32)
+    after = forward_and_back(lambda *given: by_hand(*given) * share_R[:, None], jnp.float32)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=2e-5, rtol=2e-4), before, after)
+
+
 def test_positions_of_nobody_cost_nothing_and_get_nothing(kernels):
     """A third of the assignments are nobody's: they are rows beyond the experts'."""
     x_RD, weights, d_RD = given(jnp.float32)

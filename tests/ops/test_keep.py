@@ -17,7 +17,10 @@ from tmljax.ops.splash import through_splash
 
 def count(operation: str, f, policy: str, *args: jax.Array) -> int:
     """How often it stands in the gradients' program, when f is part of a layer: what it gives is used once more."""
-    layer = lambda *args: jnp.sin(f(*args) * jnp.sin(args[0]))  # noqa: E731
+    return count_of_layer(operation, lambda *args: jnp.sin(f(*args) * jnp.sin(args[0])), policy, *args)
+
+
+def count_of_layer(operation: str, layer, policy: str, *args: jax.Array) -> int:
     kept = jax.checkpoint(layer, policy=REMAT[policy]) if policy != "none" else layer
     grads = jax.grad(lambda *args: jnp.sum(kept(*args)), argnums=range(len(args)))
     return count_in(jax.make_jaxpr(grads)(*args), operation)
@@ -48,6 +51,19 @@ def test_products_of_experts(product, operation):
     x_RD, *weights = draw((512, 32), (4, 32, 32), (4, 32, 32), (4, 32, 32))
     f = lambda x_RD, *weights: product(x_RD, jnp.array([100, 200, 12, 200]), Experts(*weights))  # noqa: E731
     assert [count(operation, f, policy, x_RD, *weights) for policy in ("none", "dots", "full")] == [9, 9, 12]
+
+
+@pytest.mark.parametrize(
+    ("product", "operation"), [(experts.ragged, "ragged_dot_general"), (experts.grouped, "pallas_call")]
+)
+def test_gates_before_the_last_product_of_experts_do_not_ask_for_it(product, operation):
+    """Nor does a sum. Where gates multiply its results, a full remat makes all three again."""
+    x_RD, gate_R, *weights = draw((512, 32), (512,), (4, 32, 32), (4, 32, 32), (4, 32, 32))
+    rows_E = jnp.array([100, 200, 12, 200])
+    before = lambda x_RD, gate_R, *weights: product(x_RD, rows_E, Experts(*weights), gate_R)  # noqa: E731
+    after = lambda x_RD, gate_R, *weights: product(x_RD, rows_E, Experts(*weights)) * gate_R[:, None]  # noqa: E731
+    found = [count_of_layer(operation, f, "full", x_RD, gate_R, *weights) for f in (before, after)]
+    assert found == [11, 12]
 
 
 @pytest.mark.parametrize(

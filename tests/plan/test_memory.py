@@ -137,6 +137,19 @@ def test_the_last_tile_of_an_expert_is_half_full(small, setting, monkeypatch):
     assert more == pytest.approx(4 * 2 * 16 * 18 * L * 2 * 3 * D * W * (14 / 144))
 
 
+def test_gates_before_the_last_product_spare_it_and_what_it_gave(small, setting):
+    padded, gathered = (settle(change(small, matmul="ragged", exchange=e), WHERE) for e in ("padded", "gathered"))
+    assert padded.axes["expert"] > 1
+    product = 2 * 16 * 18 * L * 2 * D * W
+    assert work.executed_flops(padded) - work.executed_flops(gathered) == pytest.approx(product)
+    blocks = settle(change(small, exchange="gathered"), WHERE)
+    assert work.executed_flops(blocks) == work.executed_flops(setting)
+
+    dots = dataclasses.replace(small, model=dataclasses.replace(small.model, remat="dots"))
+    padded, gathered = (settle(change(dots, matmul="ragged", exchange=e), WHERE) for e in ("padded", "gathered"))
+    assert memory.saved(padded) - memory.saved(gathered) == pytest.approx(L * 4 * memory.rows(padded) * D)
+
+
 def test_dots_keep_products_and_attention(small):
     """Of kernels too: what experts' gate, up and down gave is kept, and nothing but scores is made again."""
     small = dataclasses.replace(small, model=dataclasses.replace(small.model, remat="dots"))

@@ -37,11 +37,15 @@ from tmljax.sharding import BATCH_AXES, TOKEN_AXES, spec
 AXIS = "expert"
 
 
+# (rows [R, D], the last field of what lays them, experts, what each result is multiplied with [R] or None) -> [R, D]
+Multiply = Callable[[jax.Array, jax.Array, Experts, jax.Array | None], jax.Array]
+
+
 class Local(NamedTuple):
     """The work of a device's own experts: how rows are laid for it, and what multiplies them as they lie."""
 
     lay: Callable[[jax.Array, int, int], Blocks | Sorted]  # (expert ids [A], experts, room)
-    multiply: Callable[[jax.Array, jax.Array, Experts], jax.Array]  # (rows [R, D], last field of lay's) -> [R, D]
+    multiply: Multiply
 
 
 # (rows [N, D], expert ids [N, k], gates [N, k], this device's experts, local work, capacity factor)
@@ -51,10 +55,14 @@ Exchange = Callable[[jax.Array, jax.Array, jax.Array, Experts, Local, float | No
 
 def in_blocks(rows: int) -> Local:
     """Blocks of so many rows; with what XLA:CPU is fast at."""
-    return Local(partial(ops.lay_blocks, rows=rows), partial(ops.blocked, rows=rows))
+
+    def multiply(x_RD, end_E, experts, share_R):
+        return ops.share(ops.blocked(x_RD, end_E, experts, rows), share_R)
+
+    return Local(partial(ops.lay_blocks, rows=rows), multiply)
 
 
-def in_rows(multiply: Callable[[jax.Array, jax.Array, Experts], jax.Array], tile: int = 1) -> Local:
+def in_rows(multiply: Multiply, tile: int = 1) -> Local:
     """Rows sorted by expert, each of whom begins a tile of so many, for `ops.ragged`, `ops.grouped` or `ops.hopper`."""
     return Local(partial(ops.sort_rows, tile=tile), multiply)
 
@@ -64,7 +72,7 @@ def work(x_ND: jax.Array, expert_A: jax.Array, experts: Experts, local: Local) -
     k = expert_A.shape[0] // x_ND.shape[0]
     row_A, source_R, groups = local.lay(expert_A, experts.gate_EDW.shape[0], expert_A.shape[0])
     x_RD = ops.take_rows(x_ND, source_R // k, row_A.reshape(-1, k).T)
-    return ops.take_rows(local.multiply(x_RD, groups, experts), row_A, source_R[None])
+    return ops.take_rows(local.multiply(x_RD, groups, experts, None), row_A, source_R[None])
 
 
 def combine(y_AD: jax.Array, gate_Nk: jax.Array) -> jax.Array:
@@ -214,9 +222,9 @@ def gathered(
 
     row_A, source_R, groups = local.lay(own_A, mine, room_per_member(N, k, mine, members, capacity_factor))
     row_kG, token_R, there_R = row_A.reshape(-1, k).T, source_R // k, source_R < own_A.size
-    y_RD = local.multiply(ops.take_rows(x_GD, token_R, row_kG), groups, experts)
     gate_R = jnp.concatenate([gate_A, jnp.zeros((1,), gate_A.dtype)])[source_R]
-    y_RD = jnp.where(there_R[:, None], y_RD * gate_R[:, None].astype(y_RD.dtype), 0)
+    y_RD = local.multiply(ops.take_rows(x_GD, token_R, row_kG), groups, experts, gate_R)
+    y_RD = jnp.where(there_R[:, None], y_RD, 0)
     y_ND = jax.lax.psum_scatter(ops.add_rows(y_RD, row_kG, token_R), AXIS, tiled=True)
     return y_ND, jnp.sum(own_A != NOBODY) - jnp.sum(there_R)
 

@@ -238,18 +238,24 @@ def add_up(x_bX: jax.Array, d_bY: jax.Array) -> jax.Array:
     return jnp.einsum("bX,bY->XY", x_bX, d_bY, preferred_element_type=jnp.float32)
 
 
-def ragged(x_RD: jax.Array, rows_E: jax.Array, experts: Experts) -> jax.Array:
-    """Rows sorted by expert, `rows_E` of them each, through `jax.lax.ragged_dot`."""
+def share(rows_RX: jax.Array, share_R: jax.Array | None) -> jax.Array:
+    """Rows by their gates. Before the experts' last product, which is linear, it spares a full remat that product: the
+    gradient of a gate asks for what it multiplies."""
+    return rows_RX if share_R is None else rows_RX * share_R[:, None].astype(rows_RX.dtype)
+
+
+def ragged(x_RD: jax.Array, rows_E: jax.Array, experts: Experts, share_R: jax.Array | None = None) -> jax.Array:
+    """Rows sorted by expert, `rows_E` of them each, through `jax.lax.ragged_dot`; the results by their shares."""
     a_RW = keep(jax.lax.ragged_dot(x_RD, experts.gate_EDW, rows_E))
     u_RW = keep(jax.lax.ragged_dot(x_RD, experts.up_EDW, rows_E))
-    return keep(jax.lax.ragged_dot(jax.nn.silu(a_RW) * u_RW, experts.down_EWD, rows_E))
+    return keep(jax.lax.ragged_dot(share(jax.nn.silu(a_RW) * u_RW, share_R), experts.down_EWD, rows_E))
 
 
-def hopper(x_RD: jax.Array, rows_E: jax.Array, experts: Experts) -> jax.Array:
+def hopper(x_RD: jax.Array, rows_E: jax.Array, experts: Experts, share_R: jax.Array | None = None) -> jax.Array:
     """As `ragged`, through JAX's kernels for NVIDIA Hopper; rows beyond the experts' are zero."""
     both_EDV = jnp.concatenate([experts.gate_EDW, experts.up_EDW], axis=2)  # one product reads x once
     h_RW = gate_halves(keep(multiply_on_hopper(x_RD, both_EDV, rows_E)))
-    return keep(multiply_on_hopper(h_RW, experts.down_EWD, rows_E))
+    return keep(multiply_on_hopper(share(h_RW, share_R), experts.down_EWD, rows_E))
 
 
 TILE_ROWS = 256  # that `grouped` works on at once; a tile that lay across experts would be worked on for each of them
@@ -263,7 +269,9 @@ def tile(rows: int, depth: int, columns: int) -> tuple[int, int, int]:
     return TILE_ROWS, depth, max(widths, default=min(columns, 128))
 
 
-def grouped(x_RD: jax.Array, rows_E: jax.Array, experts: Experts, interpret: bool = False) -> jax.Array:
+def grouped(
+    x_RD: jax.Array, rows_E: jax.Array, experts: Experts, share_R: jax.Array | None = None, interpret: bool = False
+) -> jax.Array:
     """As `ragged`, through Megablox (arXiv 2211.15841); rows beyond the experts' are anything."""
     from jax.experimental.pallas.ops.tpu.megablox import gmm  # half a second that only TPUs need
 
@@ -273,5 +281,6 @@ def grouped(x_RD: jax.Array, rows_E: jax.Array, experts: Experts, interpret: boo
         return keep(gmm(x, weight, rows_E, x.dtype, tile, interpret=interpret))
 
     x_RD = jnp.pad(x_RD, ((0, padded - R), (0, 0)))
+    share_R = None if share_R is None else jnp.pad(share_R, (0, padded - R))
     h_RW = jax.nn.silu(multiply(x_RD, experts.gate_EDW)) * multiply(x_RD, experts.up_EDW)
-    return multiply(h_RW, experts.down_EWD)[:R]
+    return multiply(share(h_RW, share_R), experts.down_EWD)[:R]

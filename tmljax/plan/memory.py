@@ -66,8 +66,14 @@ def saved(setting: Setting) -> float:
         )
         layer += layer_weights(setting)
     elif model.remat == "dots":
-        layer += rows(setting) * (D + 2 * W) * width
+        layer += rows(setting) * (2 * W + (0 if gates_inside(setting) else D)) * width
     return model.layers * layer
+
+
+def gates_inside(setting: Setting) -> bool:
+    """Whether gates come before the last of an expert's three products, whose result no gradient then asks for."""
+    moe = setting.experiment.model.moe
+    return moe.exchange == "gathered" and setting.axes["expert"] > 1 and moe.matmul != "blocks"
 
 
 def rows(setting: Setting) -> float:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from tmljax.model.block import tile_rows
 from tmljax.ops import experts, splash
-from tmljax.plan.memory import dense_weights, layer_weights, routed_weights, rows
+from tmljax.plan.memory import dense_weights, gates_inside, layer_weights, routed_weights, rows
 from tmljax.plan.roofline import Traffic, Work
 from tmljax.plan.setting import Setting, shard_bytes
 from tmljax.stream.microturn import Layout
@@ -40,9 +40,15 @@ def executed_flops(setting: Setting) -> float:
     places = 2.0 * batch * setting.length * model.layers
     routed = places * moe.top_k * 3 * D * moe.expert_width
     dense = 2 * D * (model.heads + model.kv_heads) * model.head_dim + 3 * D * moe.shared_width + D * moe.experts
-    again = {"none": 0.0, "dots": 0.0, "full": routed + places * dense}
-    experts_again = (FORWARD[model.remat] + 2) * routed * (rows_worked(setting) - 1)
+    again = {"none": 0.0, "dots": 0.0, "full": places * dense}
+    forward = 2 * FORWARD[model.remat] + last_products(setting)
+    experts_again = routed / 3 * (forward - 3 + (forward + 6) * (rows_worked(setting) - 1))
     return model_flops(setting) + again[model.remat] + experts_again + attention_again(setting)
+
+
+def last_products(setting: Setting) -> int:
+    """Forward passes of the last of an expert's three products."""
+    return 1 if gates_inside(setting) else FORWARD[setting.experiment.model.remat]
 
 
 def rows_worked(setting: Setting) -> float:
@@ -104,7 +110,8 @@ def memory_traffic(setting: Setting, accumulate: int) -> float:
     weights = layer_weights(setting) * (2 * passes + 2)
     qkv = (2 * model.heads + 2 * model.kv_heads) * model.head_dim / tensor
     times = FORWARD[model.remat] + 2
-    activations = (N * (10 * D + 3 * qkv) + R * (8 * D + 6 * W / tensor)) * setting.width * times
+    spared = (FORWARD[model.remat] - last_products(setting)) * R * (D + W / tensor)
+    activations = ((N * (10 * D + 3 * qkv) + R * (8 * D + 6 * W / tensor)) * times - spared) * setting.width
     scores = 0.0 if model.attention == "splash" else attended(setting) * 4 * 4 * times
     return update + accumulate * model.layers * (weights + activations + scores) + kernel_traffic(setting)
 
@@ -142,8 +149,8 @@ def kernel_traffic(setting: Setting) -> float:
         layer += (forward + 2) * splash_reads(setting)
     if model.moe.matmul == "grouped":
         D, W = model.d_model, model.moe.expert_width / setting.axes["tensor"]
-        for depth, columns in ((D, W), (D, W), (W, D)):
-            layer += (forward + 1) * rows_again(setting, depth, columns) + rows_again(setting, columns, depth)
+        for passes, depth, columns in ((forward, D, W), (forward, D, W), (last_products(setting), W, D)):
+            layer += (passes + 1) * rows_again(setting, depth, columns) + rows_again(setting, columns, depth)
     return accumulate * model.layers * layer
 
 
