@@ -125,6 +125,40 @@ def test_expert_parallel(problem, expected, sizes, exchange, local):
     assert_same(value_and_grads(apply, place(problem, mesh)), expected)
 
 
+@jax.custom_vjp
+def careless(x_RD, rows_E, weights, share_R):
+    """As `experts.ragged`; rows beyond the experts', and their gradients, are anything, as with kernels for TPUs."""
+    return careless_forward(x_RD, rows_E, weights, share_R)[0]
+
+
+def careless_forward(x_RD, rows_E, weights, share_R):
+    y_RD, pull = jax.vjp(lambda x, w, share: experts.ragged(x, rows_E, w, share), x_RD, weights, share_R)
+    beyond_R = jnp.arange(len(x_RD)) >= jnp.sum(rows_E)
+    return jnp.where(beyond_R[:, None], jnp.nan, y_RD), (pull, beyond_R, rows_E)
+
+
+def careless_backward(saved, d_RD):
+    pull, beyond_R, rows_E = saved
+    dx_RD, d_weights, dshare_R = pull(d_RD)
+    no_grad = np.zeros(rows_E.shape, jax.dtypes.float0)
+    return jnp.where(beyond_R[:, None], jnp.nan, dx_RD), no_grad, d_weights, jnp.where(beyond_R, jnp.nan, dshare_R)
+
+
+careless.defvjp(careless_forward, careless_backward)
+
+
+def test_rows_of_nobody_are_never_read(problem, expected):
+    mesh = make_mesh(config.Mesh(data=2, expert=4))
+    apply = partial(
+        dispatch.apply_experts,
+        local=dispatch.in_rows(careless, TILE),
+        exchange=dispatch.gathered,
+        capacity_factor=None,
+        mesh=mesh,
+    )
+    assert_same(value_and_grads(apply, place(problem, mesh)), expected)
+
+
 @pytest.mark.parametrize("exchange", EXCHANGES)
 def test_bfloat16_is_as_close_as_its_digits(problem, expected, exchange):
     mesh = make_mesh(config.Mesh(data=2, expert=4))

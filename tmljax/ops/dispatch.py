@@ -213,7 +213,8 @@ def gathered(
     local: Local,
     capacity_factor: float | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """The exchange of all positions, inside `shard_map`; what finds no room is the last experts'."""
+    """The exchange of all positions, inside `shard_map`; what finds no room is the last experts'. Rows that are
+    nobody's may be anything after the product: no position takes them, nor do gradients come from them."""
     (N, k), members, mine = expert_Nk.shape, jax.lax.axis_size(AXIS), experts.gate_EDW.shape[0]
     gather = partial(jax.lax.all_gather, axis_name=AXIS, tiled=True)
     x_GD, expert_A, gate_A = gather(x_ND), gather(expert_Nk).reshape(-1), gather(gate_Nk).reshape(-1)
@@ -224,7 +225,6 @@ def gathered(
     row_kG, token_R, there_R = row_A.reshape(-1, k).T, source_R // k, source_R < own_A.size
     gate_R = jnp.concatenate([gate_A, jnp.zeros((1,), gate_A.dtype)])[source_R]
     y_RD = local.multiply(ops.take_rows(x_GD, token_R, row_kG), groups, experts, gate_R)
-    y_RD = jnp.where(there_R[:, None], y_RD, 0)
     y_ND = jax.lax.psum_scatter(ops.add_rows(y_RD, row_kG, token_R), AXIS, tiled=True)
     return y_ND, jnp.sum(own_A != NOBODY) - jnp.sum(there_R)
 
