@@ -75,6 +75,32 @@ def test_accumulation_equals_one_big_batch(devices, parts):
     assert_close(split_metrics, metrics)
 
 
+@pytest.mark.parametrize("devices", [1, 4])
+def test_evaluation_takes_no_more_at_once_than_the_step(devices):
+    """In micro-batches too: the same values, of examples that are as few."""
+    sizes = []
+
+    def watched(definition, params, batch, key, weights, mesh=None, whole=None):
+        sizes.append(len(batch["x"]))
+        return toy.objective(definition, params, batch, key, weights, mesh)
+
+    def evaluate(parts: int, devices: int):
+        experiment = toy.experiment(data={"batch": 32}, optimizer={"accumulate": parts})
+        mesh = make_mesh(experiment.mesh, jax.devices()[:devices])
+        program = make_program(experiment, toy.Definition(), watched, mesh)
+        state = create_state(toy.Definition(), program.optimizer, mesh, 0)
+        batch = to_devices(next(toy.Source(32)), batch_sharding(mesh))
+        return jax.tree.map(np.array, program.evaluate(state.params, batch))
+
+    whole = evaluate(1, 1)
+    assert set(sizes) == {32}
+    sizes.clear()
+    parts = evaluate(8, devices)
+    assert set(sizes) == {4}
+    assert float(parts.pop("experts/dropped")) == 8 * float(whole.pop("experts/dropped"))
+    assert_close(parts, whole)
+
+
 def test_eight_devices_step_as_one():
     experiment = toy.experiment()
     _, expected, metrics = one_step(experiment, steps=3)

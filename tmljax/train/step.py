@@ -35,6 +35,9 @@ class Routing(Protocol):
 # it is given, `batch` is a micro-batch.
 Objective = Callable[..., tuple[jax.Array, tuple[Metrics, Routing]]]
 
+# The same of one experiment, gradients by the first: (trained, routing, batch, key or None, whole).
+Lose = Objective
+
 
 class Program(NamedTuple):
     """The compiled functions of one experiment on one mesh."""
@@ -52,39 +55,43 @@ def make_program(experiment: Experiment, definition: Definition, objective: Obje
     abstract = abstract_state(definition, optimizer, mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     options = compiler_options(mesh, cpu_level=2)
-    lose = partial(lose_batch, objective, definition, experiment, mesh)
+    lose = bind(objective, definition, experiment, mesh)
     step = jax.jit(
         partial(take_step, lose, optimizer, experiment),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
         compiler_options=options,
     )
-    evaluate = jax.jit(partial(evaluate_batch, lose), out_shardings=replicated(mesh), compiler_options=options)
+    evaluate = jax.jit(
+        partial(evaluate_batch, lose, experiment.optimizer.accumulate),
+        out_shardings=replicated(mesh),
+        compiler_options=options,
+    )
     return Program(optimizer, abstract, step, evaluate)
 
 
-def lose_batch(
-    objective: Objective,
-    definition: Definition,
-    experiment: Experiment,
-    mesh: Mesh,
-    trained: Any,
-    routing: Any,
-    batch: Batch,
-    key: jax.Array | None,
-    whole: Batch | None = None,
-) -> tuple[jax.Array, tuple[Metrics, Routing]]:
+def bind(objective: Objective, definition: Definition, experiment: Experiment, mesh: Mesh) -> Lose:
     """The objective as a function of what gradients train; without a key, that of held-out data."""
-    return objective(definition, join(trained, routing), batch, key, experiment.loss, mesh, whole)
+
+    def lose(trained: Any, routing: Any, batch: Batch, key: jax.Array | None, whole: Batch | None) -> Any:
+        return objective(definition, join(trained, routing), batch, key, experiment.loss, mesh, whole)
+
+    return lose
 
 
-def evaluate_batch(lose: Callable[..., Any], params: Any, batch: Batch) -> Metrics:
-    _, (metrics, routing) = lose(*split(params), batch, None)
-    return metrics | {"experts/dropped": routing.dropped}
+def evaluate_batch(lose: Lose, micro_batches: int, params: Any, batch: Batch) -> Metrics:
+    """In micro-batches, as the step: what it has no room for at once evaluation may not have either."""
+
+    def one(micro_batch: Batch, key: None, whole: Batch | None) -> tuple[Metrics, jax.Array]:
+        _, (metrics, report) = lose(*split(params), micro_batch, key, whole)
+        return metrics, report.dropped
+
+    metrics, dropped = add_up(one, micro_batches, batch, None)
+    return jax.tree.map(lambda x: x / micro_batches, metrics) | {"experts/dropped": dropped}
 
 
 def take_step(
-    lose: Callable[..., Any],
+    lose: Lose,
     optimizer: optax.GradientTransformation,
     experiment: Experiment,
     state: State,
@@ -121,32 +128,38 @@ def take_step(
 
 
 def accumulate(
-    lose: Callable[..., Any], micro_batches: int, trained: Any, routing: Any, batch: Batch, key: jax.Array
+    lose: Lose, micro_batches: int, trained: Any, routing: Any, batch: Batch, key: jax.Array
 ) -> tuple[tuple[jax.Array, tuple[Metrics, jax.Array, jax.Array]], Any]:
     """((loss, (metrics, load_LE, dropped)), gradients): means over micro-batches, and the sum of what was dropped."""
     differentiate = jax.value_and_grad(lose, has_aux=True)
 
-    def one(micro_batch: Batch, key: jax.Array) -> Any:
-        whole = None if micro_batches == 1 else batch
+    def one(micro_batch: Batch, key: jax.Array, whole: Batch | None) -> Any:
         (loss, (metrics, report)), grads = differentiate(trained, routing, micro_batch, key, whole)
         return (loss, (metrics, report.load_LE, report.dropped)), grads
 
+    total = add_up(one, micro_batches, batch, key)
+    (loss, (metrics, load_LE, dropped)), grads = jax.tree.map(lambda x: x / micro_batches, total)
+    return (loss, (metrics, load_LE, dropped * micro_batches)), grads
+
+
+def add_up(one: Callable[..., Any], micro_batches: int, batch: Batch, key: jax.Array | None) -> Any:
+    """The sum of `one` (micro-batch, a key of its own, whole batch) over micro-batches, one after another; of a batch
+    that is not divided, `one` (batch, key, None)."""
     if micro_batches == 1:
-        return one(batch, key)
+        return one(batch, key, None)
 
     def add(total: Any, index_and_batch: tuple[jax.Array, Batch]) -> tuple[Any, None]:
         index, micro_batch = index_and_batch
-        return jax.tree.map(jnp.add, total, one(micro_batch, jax.random.fold_in(key, index))), None
+        own_key = None if key is None else jax.random.fold_in(key, index)
+        return jax.tree.map(jnp.add, total, one(micro_batch, own_key, batch)), None
 
     # Every A-th example, so that each device keeps the examples that it holds.
     take_turns = lambda x: jnp.swapaxes(x.reshape(-1, micro_batches, *x.shape[1:]), 0, 1)  # noqa: E731
     batches = jax.tree.map(take_turns, batch)
-    zero = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, jax.tree.map(lambda x: x[0], batches), key)
-    )
+    like = jax.eval_shape(one, jax.tree.map(lambda x: x[0], batches), key, batch)
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
     total, _ = jax.lax.scan(add, zero, (jnp.arange(micro_batches), batches))
-    (loss, (metrics, load_LE, dropped)), grads = jax.tree.map(lambda x: x / micro_batches, total)
-    return (loss, (metrics, load_LE, dropped * micro_batches)), grads
+    return total
 
 
 def balance(params: Any, load_LE: jax.Array, rate: float) -> Any:
