@@ -169,6 +169,29 @@ def test_groups_of_devices_in_each_way_that_xla_writes_them(text, members):
     assert hlo.first_group(text) == members
 
 
+@pytest.mark.parametrize(("pair", "shift"), [((0, 1), 1), ((2, 0), 1), ((1, 7), 3), ((8, 0), 1), ((0, 14), 7)])
+def test_how_far_a_shift_goes(pair, shift):
+    """Devices of data 2 x fsdp 4 x expert 2."""
+    assert hlo.shift_of(pair, {"data": 2, "fsdp": 4, "expert": 2}) == shift
+
+
+RAGGED = """\
+ENTRY %main (x: bf16[{sent},64], o: bf16[{room},64], n: s32[4]) -> bf16[{room},64] {
+  %x = bf16[{sent},64]{1,0} parameter(0)
+  %o = bf16[{room},64]{1,0} parameter(1)
+  %n = s32[4]{0} parameter(2)
+  ROOT %r = bf16[{room},64]{1,0} ragged-all-to-all(%x, %o, %n, %n, %n, %n), replica_groups={{0,1,2,3}}
+}
+"""
+
+
+@pytest.mark.parametrize(("sent", "room"), [(100, 400), (400, 100)], ids=["there", "back"])
+def test_a_ragged_exchange_moves_the_rows_there_are_and_no_room(sent, room):
+    text = RAGGED.replace("{sent}", str(sent)).replace("{room}", str(room))
+    (exchange,) = hlo.read(text).collectives()
+    assert (exchange.operation, exchange.bytes) == ("ragged-all-to-all", 100 * 64 * 2)
+
+
 # A gather of weights under a kernel: begun, gone on beside the product, ended; and attributes on lines of their own.
 ASYNC = """\
 %begun (s: bf16[4,8]) -> (bf16[4,8], bf16[16,8], u32[]) {

@@ -1,15 +1,22 @@
 """Bytes against arithmetic done by hand, on a mesh of fsdp 2 x expert 2."""
 
 import dataclasses
+from collections import Counter
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from tmljax import config
+from tmljax.model.trunk import REMAT
+from tmljax.ops import dispatch, experts
+from tmljax.ops.route import route
 from tmljax.plan import memory, work
 from tmljax.plan.compile import Compiled
 from tmljax.plan.forecast import by_compiler, by_formula
 from tmljax.plan.hardware import find_slice
-from tmljax.plan.setting import settle
+from tmljax.plan.setting import settle, shard_bytes
+from tmljax.sharding import make_mesh
 
 WHERE = find_slice("v5p:2x2x1")
 D, L, E, W, S, V, H, K, h = 64, 2, 8, 64, 128, 320, 4, 4, 16
@@ -85,7 +92,58 @@ def test_exchanges_in_bytes(small):
     assert (exchange.operation, exchange.bytes) == ("ragged-all-to-all", 3 * L * 2 * N * 2 * D * 4)
     gathered = settle(change(small, exchange="gathered", matmul="ragged"), WHERE)
     sums = {t.operation: t.bytes for t in work.link_traffic(gathered) if t.axis == "expert"}
-    assert sums == {"all-gather": 3 * L * 2 * N * D * 4, "reduce-scatter": 3 * L * 2 * N * D * 4}
+    assert sums == {"all-gather": 3 * L * 2 * N * D * 4, "reduce-scatter": 2 * L * 2 * N * D * 4}
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_gathered_exchanges_are_as_many_as_in_the_program(small, remat):
+    """Of a layer and its gradients, traced: collectives of positions along the expert axis."""
+    mesh = make_mesh(config.Mesh(data=1, expert=2), jax.devices()[:2])
+
+    def layer(x_BPD, weights, router_DE):
+        routing = route(x_BPD, router_DE, jnp.zeros(E), 2)
+        local = dispatch.in_rows(experts.ragged)
+        return x_BPD + dispatch.apply_experts(x_BPD, routing, weights, local, dispatch.gathered, 1.25, mesh)[0]
+
+    kept = layer if remat == "none" else jax.checkpoint(layer, policy=REMAT[remat])
+    weights = experts.Experts(jnp.zeros((E, D, W)), jnp.zeros((E, D, W)), jnp.zeros((E, W, D)))
+    loss = lambda *given: jnp.sum(jnp.sin(kept(*given)))  # noqa: E731
+    program = jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(jnp.zeros((4, 8, D)), weights, jnp.zeros((D, E)))
+    moved = [e for e in eqns_of(program) if e.params.get("axis_name") in ("expert", ("expert",))]
+    found = Counter(e.primitive.name for e in moved if e.outvars[0].aval.shape[-1:] == (D,))
+
+    model = dataclasses.replace(small.model, remat=remat)
+    planned = work.exchange(settle(change(dataclasses.replace(small, model=model), exchange="gathered"), WHERE), 1)
+    assert found == {t.operation.replace("-", "_"): t.count for t in planned}
+
+
+def eqns_of(program):
+    """Of a jaxpr and those inside it; what gives nothing is not in the compiled program."""
+    for eqn in getattr(program, "jaxpr", program).eqns:
+        if eqn.outvars:
+            yield eqn
+        is_jaxpr = lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")  # noqa: E731
+        for inside in jax.tree.leaves(eqn.params, is_leaf=is_jaxpr):
+            if eqn.outvars and is_jaxpr(inside):
+                yield from eqns_of(inside)
+
+
+def test_copies_sum_their_gradients_in_each_micro_batch(small):
+    """The same examples in two: their sums, of a scan over micro-batches, go over the links twice."""
+    twice = dataclasses.replace(small, optimizer=dataclasses.replace(small.optimizer, accumulate=2))
+    once, twice = (settle(dataclasses.replace(e, mesh=config.Mesh(data=2, fsdp=2)), WHERE) for e in (small, twice))
+    (a,), (b,) = ([t for t in work.link_traffic(s) if t.axis == "data"] for s in (once, twice))
+    assert (a.operation, a.bytes) == ("all-reduce", shard_bytes(once.state.params))
+    assert (b.bytes, b.count) == (2 * a.bytes, 2)
+
+
+def test_keys_of_members_further_back_go_over_more_links(small):
+    """Eight members of two micro-turns that see five back, on a ring: 1, 2, 3, 4 and 3 links."""
+    model = dataclasses.replace(small.model, window=11)
+    long = dataclasses.replace(small, model=model, data=dataclasses.replace(small.data, window=16))
+    far = settle(dataclasses.replace(long, mesh=config.Mesh(data=1, context=8, fsdp=16)), find_slice("v5p:4x4x8"))
+    (keys,) = [t for t in work.link_traffic(far) if t.operation == "collective-permute"]
+    assert keys.hops == (1 + 2 + 3 + 4 + 3) / 5
 
 
 def test_split_examples_leave_each_device_its_part_and_send_keys(small):

@@ -6,7 +6,7 @@ import pytest
 
 from tmljax import config
 from tmljax.plan.hardware import CHIPS, Run, find_slice, runs_of
-from tmljax.plan.roofline import Traffic, Work, collective_seconds, terms
+from tmljax.plan.roofline import Traffic, Work, collective_seconds, hops_of, terms
 from tmljax.sharding import AXES
 
 V5P = find_slice("v5p:4x8x8")
@@ -35,6 +35,36 @@ def test_an_exchange_is_as_fast_as_the_middle_of_the_ring():
     )
     line = collective_seconds(Traffic("expert", "all-to-all", 1e9, 1.0), 8, (Run(8, False),), V5P)
     assert line == pytest.approx(crossing / 90e9)
+
+
+@pytest.mark.parametrize("ring", [True, False])
+@pytest.mark.parametrize("members", [2, 5, 8])
+def test_a_shift_crosses_as_many_links_as_there_are_messages_on_the_busiest(members, ring):
+    """Message by message, each the shorter way round where there are two."""
+    for shift in range(1, members):
+        load = dict[tuple[int, int], int]()
+        for sender in range(members - shift):
+            forward = not ring or shift <= members / 2
+            for hop in range(shift if forward else members - shift):
+                at = (sender + hop if forward else sender - hop) % members
+                load[at, forward] = load.get((at, forward), 0) + 1
+        assert hops_of(shift, (Run(members, ring),)) == max(load.values())
+
+
+def test_a_shift_goes_over_one_link_at_a_time():
+    """The fourth before: a gigabyte from each of four passes the middle, one way."""
+    shift = Traffic("context", "collective-permute", 1e9, 1.0, hops=hops_of(4, RING))
+    assert collective_seconds(shift, 8, RING, V5P) == pytest.approx(4e9 / 90e9)
+    assert hops_of(9, (Run(4, True), Run(8, True))) == 1  # a step along each
+    h200 = find_slice("h200:2x4")
+    inside, across = (Run(4, True), Run(1, False)), (Run(1, True), Run(2, False))
+    assert collective_seconds(shift, 4, inside, h200) == pytest.approx(1e9 / CHIPS["h200"].link)
+    assert collective_seconds(shift, 2, across, h200) == pytest.approx(1e9 / CHIPS["h200"].host_link)
+
+
+def test_a_chip_of_two_devices_has_the_links_of_one():
+    one, two = (find_slice(f"{kind}:4x4x4").chip for kind in ("v5p", "tpu7x"))  # 1200 GB/s a chip, both
+    assert two.link == one.link / 2
 
 
 def test_gpus_leave_the_node_over_their_network_card():

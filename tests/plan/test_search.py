@@ -13,6 +13,7 @@ from tmljax.config import UserError
 from tmljax.decode.program import weights_of
 from tmljax.model.interaction import Definition
 from tmljax.plan import report
+from tmljax.plan.compile import too_large
 from tmljax.plan.forecast import by_formula
 from tmljax.plan.hardware import find_slice
 from tmljax.plan.search import candidates, lies_whole, overrides, rank, search
@@ -101,6 +102,34 @@ def test_what_compiles_too_large_is_not_the_best_though_nothing_else_was_compile
     again = search(small, narrow, confirm, 60, said.append)
     assert again[0].fits
     assert again[0].setting == compiled[1] == ranked[0].setting
+
+
+def test_what_the_compiler_refuses_ends_no_search(small):
+    compiled, said = [], []
+
+    def confirm(setting):
+        compiled.append(setting)
+        if len(compiled) == 1:
+            too_large("INTERNAL: Mosaic failed to compile\nof a kernel", 1.0)
+        return by_formula(setting)
+
+    ranked = search(small, WHERE, confirm, 60, said.append)
+    assert len(compiled) == 4
+    assert compiled[0] not in [f.setting for f in ranked]
+    assert ranked[0].setting == compiled[1]
+    assert sum("the compiler refuses this step (INTERNAL: Mosaic failed to compile)" in line for line in said) == 1
+
+    def refuse(setting):
+        too_large("vmem", 1.0)
+
+    with pytest.raises(UserError, match=r"refuses this step \(vmem\)"):
+        search(small, WHERE, refuse, 60, said.append)
+
+
+def test_a_program_refused_for_its_size_has_sizes():
+    message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm.\n  program 103.5G\n  arguments 12.0G\n"
+    found = too_large(message, 2.0)
+    assert (found.temporaries, found.arguments, found.program) == (103.5 * 2**30, 12 * 2**30, None)
 
 
 def test_axes_along_parts_of_a_torus_dim_are_left_out():

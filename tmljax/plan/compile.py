@@ -50,7 +50,8 @@ def devices_of(where: Slice) -> list[jax.Device]:
 
 
 def compile_step(setting: Setting, devices: list[jax.Device]) -> Compiled:
-    """The step of `launch.train`, from the same source. Raises UserError where the mesh does not fit the torus."""
+    """The step of `launch.train`, from the same source. Raises UserError where the mesh does not fit the torus, and
+    where the compiler refuses the program for another reason than its size."""
     experiment = setting.experiment
     mesh = make_mesh(experiment.mesh, devices)
     program = make_program(experiment, setting.definition, objective, mesh)
@@ -79,11 +80,15 @@ def compile_lowered(lowered: jax.stages.Lowered) -> Compiled:
 
 
 def too_large(message: str, seconds: float) -> Compiled:
-    """What the compiler says of a program that it refuses for its size. Any other complaint is raised again."""
+    """What the compiler says of a program that it refuses for its size. Any other complaint is a UserError."""
     found = {
         name: float(number) * UNITS[unit]
         for name, number, unit in re.findall(r"^\s*(program|arguments|reserved)\s+([\d.]+)([KMG])", message, re.M)
     }
     if "program" not in found:
-        raise RuntimeError(message)
+        reason = next((line.strip() for line in message.splitlines() if line.strip()), "it does not say why")[:300]
+        raise UserError(
+            f"the compiler refuses this step ({reason}); try another mesh, config.model.moe.matmul or "
+            "config.model.attention, or --method=formula, which compiles nothing"
+        )
     return Compiled(found.get("arguments", 0.0), found["program"], found.get("reserved", 0.0), None, seconds)

@@ -14,11 +14,12 @@ import jax
 from tmljax.plan import memory as by_shape
 from tmljax.plan import work as by_work
 from tmljax.plan.compile import Compiled
-from tmljax.plan.hlo import axis_of
+from tmljax.plan.hardware import runs_of
+from tmljax.plan.hlo import Collective, axis_of, shift_of
 from tmljax.plan.inspect import gathered_layers, replicated
 from tmljax.plan.memory import Memory
 from tmljax.plan.parts import add, count_parts
-from tmljax.plan.roofline import Terms, Traffic, Work, product_seconds, terms, traffic_seconds
+from tmljax.plan.roofline import Terms, Traffic, Work, hops_of, product_seconds, terms, traffic_seconds
 from tmljax.plan.setting import Setting
 
 COMPILER, FORMULA, BOTH = "compiler", "formula", "compiler, and by formula what kernels read again"
@@ -130,21 +131,27 @@ def gather_traffic(compiled: Compiled, setting: Setting) -> list[Traffic]:
 
     One that runs beside products waits for as long as it takes longer than they do.
     """
-    sums: dict[tuple[str, str, bool], list[float]] = {}
+    sums: dict[tuple[str, str, int, bool], list[float]] = {}
     where, kernels = setting.where, by_work.kernel_flops(setting)
     for c in compiled.program.collectives(kernels) if compiled.program else ():
         axis = axis_of(c.members, setting.axes)
         if not (axis and c.bytes):
             continue
-        alone = traffic_seconds(Traffic(axis, c.operation, c.bytes, 1.0), where, setting.axes)
+        hops = hops_along(axis, c, setting) if c.operation == "collective-permute" else 1
+        alone = traffic_seconds(Traffic(axis, c.operation, c.bytes, 1.0, hops=hops), where, setting.axes)
         waits = max(0.0, 1 - product_seconds(c.beside, where.chip) / alone)
         size = c.bytes * c.times
-        entry = sums.setdefault((axis, c.operation, waits > 0), [0.0, 0.0, 0.0])
+        entry = sums.setdefault((axis, c.operation, hops, waits > 0), [0.0, 0.0, 0.0])
         entry[:] = (total + more for total, more in zip(entry, (size, size * waits, c.times), strict=True))
     return [
-        Traffic(axis, operation, size, waiting / size, count)
-        for (axis, operation, _), (size, waiting, count) in sums.items()
+        Traffic(axis, operation, size, waiting / size, count, hops)
+        for (axis, operation, hops, _), (size, waiting, count) in sums.items()
     ]
+
+
+def hops_along(axis: str, shift: Collective, setting: Setting) -> int:
+    runs = runs_of(setting.where, setting.axes)
+    return hops_of(shift_of(shift.members, setting.axes), [run for name in axis.split("+") for run in runs[name]])
 
 
 def as_json(forecast: Forecast) -> dict[str, Any]:

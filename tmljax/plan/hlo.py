@@ -115,10 +115,12 @@ class Program:
                 if operation not in COLLECTIVES:
                     continue
                 shapes = {i.name: i.results for i in self.computations[name]}
-                sent = sum(a.bytes for operand in instruction.operands for a in shapes.get(operand, ()))
-                received = sum(a.bytes for a in instruction.results)
+                operands = [sum(a.bytes for a in shapes.get(operand, ())) for operand in instruction.operands]
+                sent, received = sum(operands), sum(a.bytes for a in instruction.results)
                 starts = instruction.kind.endswith("-start")
                 whole = max(sent, received - sent if starts and received > sent else received)
+                if operation == "ragged-all-to-all":  # rows, the buffer that takes them, offsets: one side has no spare
+                    whole = min(operands[:2])
                 source = re.search(r'op_name="([^"]*)"', instruction.rest)
                 yield Collective(
                     "reduce-scatter" if scatters else operation,
@@ -314,6 +316,14 @@ def first_group(attributes: str) -> tuple[int, ...]:
         ids = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
         return tuple(int(i) for i in ids[tuple(slice(None) if axis in taken else 0 for axis in sizes)].ravel())
     return ()
+
+
+def shift_of(pair: Sequence[int], axes: Mapping[str, int]) -> int:
+    """How many places the second device lies from the first, along the axes in which they differ."""
+    first, second = (np.array(np.unravel_index(device, tuple(axes.values()))) for device in pair)
+    sizes = [size for size, differs in zip(axes.values(), first != second, strict=True) if differs]
+    index = [np.ravel_multi_index(tuple(place[first != second]), sizes) for place in (first, second)]
+    return abs(int(index[1] - index[0]))
 
 
 def axis_of(members: Sequence[int], axes: Mapping[str, int]) -> str:

@@ -24,6 +24,7 @@ class Traffic(NamedTuple):
     bytes: float  # of the whole result (of the operand of a reduction), over the step
     waits: float  # the share of its time in which no product runs: 1 where the program stands still for it
     count: float = 1
+    hops: float = 1  # of a collective-permute: links in a row that carry each byte (`hops_of`)
 
 
 class Work(NamedTuple):
@@ -84,6 +85,8 @@ def collective_seconds(traffic: Traffic, members: int, runs: Sequence[Run], wher
     """At the speed of the links; what a collective needs to start is left out."""
     if members == 1:
         return 0.0
+    if traffic.operation == "collective-permute":
+        return shift_seconds(traffic, runs, where.chip)
     passes = 2 if traffic.operation == "all-reduce" else 1
     moved = passes * traffic.bytes * (members - 1) / members
     if where.chip.kind == "gpu":
@@ -93,6 +96,24 @@ def collective_seconds(traffic: Traffic, members: int, runs: Sequence[Run], wher
     if traffic.operation.endswith("all-to-all"):
         return max(bisection_seconds(traffic.bytes, run, where.chip) for run in runs)
     return moved / sum(where.chip.link * (2 if run.ring else 1) for run in runs)
+
+
+def shift_seconds(traffic: Traffic, runs: Sequence[Run], chip: Chip) -> float:
+    """Each device sends to one other, one way round; of GPUs in several nodes some send all of it to another node."""
+    if chip.kind == "gpu":
+        return traffic.bytes / (chip.host_link if any(not run.ring for run in runs if run.size > 1) else chip.link)
+    return traffic.bytes * traffic.hops / chip.link
+
+
+def hops_of(shift: int, runs: Sequence[Run]) -> int:
+    """The messages that the busiest link carries where each device sends to the one `shift` places on in the order of
+    `runs`, the last of which varies fastest. For a shift by n along a run of m they are min(n, m - n): on a ring that
+    is the shorter way, and on a line there are no more senders."""
+    busiest = 1
+    for run in reversed(runs):
+        shift, along = divmod(shift, run.size)
+        busiest = max(busiest, min(along, run.size - along))
+    return busiest
 
 
 def bisection_seconds(sent: float, run: Run, chip: Chip) -> float:

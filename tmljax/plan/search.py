@@ -85,22 +85,30 @@ def search(
     """The best first. `confirm` compiles; as many of the best as `seconds` allow, one at least.
 
     Where the compiler finds more than the formula did, the next to be compiled are those with room for as much more;
-    where none that was compiled fits, those come first, unconfirmed.
+    where none that was compiled fits, those come first, unconfirmed. What the compiler refuses for another reason than
+    its size is named and left out. Raises UserError where it refuses all.
     """
     ranked, since = candidates(experiment, where, **asked), time.monotonic()
     say(f"{len(ranked)} meshes and remat policies by formula; {sum(f.fits for f in ranked)} fit")
     if confirm is None:
         return ranked
-    confirmed, longest, room = list[Forecast](), 0.0, ROOM
+    confirmed, tried, longest, room = list[Forecast](), 0, 0.0, ROOM
     while ranked:
         left = seconds - (time.monotonic() - since)
-        if confirmed and (left < 1.2 * longest or (len(confirmed) >= 3 and any(f.fits for f in confirmed))):
+        if tried and (left < 1.2 * longest or (len(confirmed) >= 3 and any(f.fits for f in confirmed))):
             break
         forecast, *ranked = ranked
-        say(f"compiling {len(confirmed) + 1}: {describe(forecast)} ({max(left, 0):.0f} s left)")
-        started = time.monotonic()
-        confirmed.append(confirm(forecast.setting))
-        longest = max(longest, time.monotonic() - started)
+        tried, started = tried + 1, time.monotonic()
+        say(f"compiling {tried}: {describe(forecast)} ({max(left, 0):.0f} s left)")
+        try:
+            confirmed.append(confirm(forecast.setting))
+        except UserError as e:
+            say(f"  {e}")
+            if not (confirmed or ranked):
+                raise
+            continue
+        finally:
+            longest = max(longest, time.monotonic() - started)
         say(f"  {describe(confirmed[-1])}")
         room = max(room, 1 - forecast.memory.total / confirmed[-1].memory.total)
         ranked = rank(ranked, room)

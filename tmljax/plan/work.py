@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 from tmljax.model.block import tile_rows
 from tmljax.ops import experts, splash
+from tmljax.plan.hardware import runs_of
 from tmljax.plan.memory import dense_weights, gates_inside, layer_weights, routed_weights, rows
-from tmljax.plan.roofline import Traffic, Work
+from tmljax.plan.roofline import Traffic, Work, hops_of
 from tmljax.plan.setting import Setting, shard_bytes
 from tmljax.stream.microturn import Layout
 from tmljax.train.speed import attention_flops, step_flops
@@ -172,12 +173,18 @@ def rows_again(setting: Setting, depth: float, columns: float) -> float:
     return worked * depth * (math.ceil(columns / width) - 1) * setting.width
 
 
-def exchange(setting: Setting, times: float) -> list[Traffic]:
-    """Of positions with the owners of their experts, there and back, so many times."""
+def exchange(setting: Setting, steps: float) -> list[Traffic]:
+    """Of positions with the owners of their experts, there and back, in so many layers, forward and backward.
+
+    Gathered, sums on their way home are no gradient's business and so not made again."""
     model, members, row = setting.experiment.model, setting.axes["expert"], setting.experiment.model.d_model
+    times = PASSES[model.remat] * steps
     if model.moe.exchange == "gathered":
-        size = members * setting.positions * row * setting.width * times
-        return [Traffic("expert", name, size, 1.0, times) for name in ("all-gather", "reduce-scatter")]
+        size, sums = members * setting.positions * row * setting.width, 2 * steps
+        return [
+            Traffic("expert", "all-gather", size * times, 1.0, times),
+            Traffic("expert", "reduce-scatter", size * sums, 1.0, sums),
+        ]
     exact = model.moe.exchange == "ragged"  # rows there are, not those there is room for
     sent = setting.positions * model.moe.top_k if exact else rows(setting)
     operation = "ragged-all-to-all" if exact else "all-to-all"
@@ -190,13 +197,16 @@ def look_back(setting: Setting, times: float) -> Traffic:
     turns = setting.experiment.data.window // members
     shards = min(members - 1, -(-(model.window - 1) // turns))
     row = 2 * model.kv_heads * model.head_dim / setting.axes["tensor"] * setting.width
-    return Traffic("context", "collective-permute", shards * setting.positions * row * times, 1.0, 2 * shards * times)
+    size, runs = shards * setting.positions * row * times, runs_of(setting.where, setting.axes)["context"]
+    hops = sum(hops_of(n, runs) for n in range(1, shards + 1)) / max(shards, 1)
+    return Traffic("context", "collective-permute", size, 1.0, 2 * shards * times, hops)
 
 
 def link_traffic(setting: Setting) -> list[Traffic]:
     """Weights are gathered and gradients scattered while others are used; nothing hides the exchange of positions."""
     model, axes = setting.experiment.model, setting.axes
-    steps = model.layers * setting.experiment.optimizer.accumulate
+    accumulate = setting.experiment.optimizer.accumulate
+    steps = model.layers * accumulate
     passes, width = PASSES[model.remat], setting.width
     routed, dense = routed_weights(setting), dense_weights(setting)
     copies = "+".join(axis for axis in ("data", "context") if axes[axis] > 1) or "data"  # have the same parameters
@@ -206,8 +216,8 @@ def link_traffic(setting: Setting) -> list[Traffic]:
         Traffic("fsdp+expert", "all-gather", dense * passes * steps, 0.0, 8 * passes * steps),
         Traffic("fsdp", "reduce-scatter", routed * steps, 0.0, 3 * steps),
         Traffic("fsdp+expert", "reduce-scatter", dense * steps, 0.0, 8 * steps),
-        Traffic(copies, "all-reduce", shard_bytes(setting.state.params), 0.0, 1),
-        *exchange(setting, passes * steps),
+        Traffic(copies, "all-reduce", shard_bytes(setting.state.params) * accumulate, 0.0, accumulate),
+        *exchange(setting, steps),
         look_back(setting, passes * steps),
         Traffic("tensor", "all-reduce", 2 * mixed * passes * steps, 1.0, 2 * passes * steps),
     ]
