@@ -33,11 +33,9 @@ def test_grouped_in_several_tiles_of_rows_and_columns(monkeypatch):
         out, pull = jax.vjp(f, x_RD, Experts(gate, up, down), gate_R)
         return out, pull(d_RD)
 
-    def compare(product, plain):
-        same = partial(np.testing.assert_allclose, atol=2e-5, rtol=2e-4)
-        jax.tree.map(same, run(lambda x, w, _: product(x, sizes, w)), run(lambda x, w, _: plain(x, sizes, w)))
-        gated = run(lambda x, w, gate_R: plain(x, sizes, w) * gate_R[:, None])
-        jax.tree.map(same, run(lambda x, w, gate_R: product(x, sizes, w, gate_R)), gated)
-
-    compare(partial(experts.grouped, interpret=True), experts.ragged)
-    compare(experts.ragged, experts.ragged)
+    same = partial(np.testing.assert_allclose, atol=2e-5, rtol=2e-4)
+    grouped, plain = partial(experts.grouped, interpret=True), experts.ragged
+    jax.tree.map(same, run(lambda x, w, _: grouped(x, sizes, w)), run(lambda x, w, _: plain(x, sizes, w)))
+    gated = run(lambda x, w, gate_R: plain(x, sizes, w) * gate_R[:, None])
+    for product in (grouped, experts.ragged):
+        jax.tree.map(same, run(lambda x, w, gate_R, product=product: product(x, sizes, w, gate_R)), gated)

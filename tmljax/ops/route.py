@@ -1,7 +1,8 @@
 """Which experts a position goes to.
 
 Sigmoid scores in float32, top-k chosen with a bias that only selects (loss-free balancing, arXiv 2408.15664, as in
-DeepSeek-V3, arXiv 2412.19437), gates normalised over the chosen, router z-loss (arXiv 2202.08906).
+DeepSeek-V3, arXiv 2412.19437), gates normalised over the chosen, router z-loss (arXiv 2202.08906). The product before
+them is as precise as the platform makes float32 by default: TPUs round the router to bfloat16, as positions are.
 
 Legend: B batch, P positions, D d_model, E experts, k chosen experts.
 """
