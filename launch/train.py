@@ -23,7 +23,7 @@ from data_pipelines import builder, loader, manifest, recordings
 from data_pipelines.plan import count_sessions
 from data_pipelines.words import choose_tokenizer, own_tokenizer
 from launch import BEGAN, verb
-from tmljax import checkpoint, cluster, pulse
+from tmljax import checkpoint, cluster, lineage, pulse
 from tmljax.config import Experiment, UserError
 from tmljax.model.interaction import Definition
 from tmljax.serve import bundle
@@ -75,7 +75,7 @@ def train_workdir(
     builder.refuse_another(experiment)
     for recorded in manifest.recorded(experiment.data.recordings) if cluster.is_lead() else ():
         recordings.check(recorded, experiment)
-    checkpoint.keep_config(workdir, experiment)  # what cannot be done has been refused, and leaves no trace
+    lineage.keep_config(workdir, experiment)  # what cannot be done has been refused, and leaves no trace
     tokenizer = prepare_data(experiment, workdir)
     with contextlib.closing(loader.train_loader(experiment, tokenizer, rows=rows)) as batches:
         return train(

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from tests.train import toy
 from tmljax import checkpoint, storage
-from tmljax.config import UserError, to_json
+from tmljax.config import UserError
 from tmljax.fingerprint import compare, fingerprints, host_fingerprints
 from tmljax.sharding import batch_sharding, make_mesh
 from tmljax.stream.text import Tokenizer
@@ -35,7 +35,6 @@ def as_target(tree, sharding=None):
 def save(workdir, *steps_and_losses, keep=2):
     """Saves the tree at each step as a run that ends after each would."""
     params, optimizer = tree()
-    checkpoint.keep_config(workdir, EXPERIMENT)
     for step, loss in steps_and_losses:
         saver = checkpoint.Checkpoints(workdir, keep)
         saver.save(step, params, optimizer, {"taken": step}, EXPERIMENT, loss)
@@ -270,41 +269,6 @@ def test_no_checkpoint_is_a_users_error_for_those_who_need_one(tmp_path):
         checkpoint.load_for_serving(tmp_path, "4")
 
 
-def test_config_json_is_the_exact_config_and_may_change_until_there_is_a_checkpoint(tmp_path):
-    other = toy.experiment(data={"seed": 9})
-    checkpoint.keep_config(tmp_path, EXPERIMENT)
-    checkpoint.keep_config(tmp_path, other)
-    assert (tmp_path / checkpoint.CONFIG).read_text() == to_json(other)
-
-
-@pytest.mark.parametrize(
-    ("fields", "refused"),
-    [
-        (
-            {"train": {"steps": 99, "log_every": 1, "save_every": 1, "keep": 9, "eval_every": 1, "eval_batches": 9}},
-            None,
-        ),
-        ({"mesh": {"fsdp": 2}, "data": {"root": "elsewhere", "workers": 3}}, None),
-        ({"model": {"attention": "splash", "remat": "dots", "moe": {"matmul": "grouped"}}}, None),
-        ({"train": {"seed": 1}}, "config.train.seed was 0, now 1"),
-        ({"data": {"name": "other"}}, "config.data.name was 'duplex', now 'other'"),
-        ({"model": {"moe": {"experts": 16}}}, "config.model.moe.experts was 8, now 16"),
-        ({"data": {"mixture": {"pause": 1.0}}}, "config.data.mixture.pause was None, now 1.0"),
-    ],
-)
-def test_only_what_changes_no_number_may_change_on_resume(tmp_path, fields, refused):
-    save(tmp_path, (1, None))
-    changed = toy.experiment(**fields)
-    if refused is None:
-        checkpoint.keep_config(tmp_path, changed)
-        assert (tmp_path / checkpoint.CONFIG).read_text() == to_json(changed)
-        return
-    with pytest.raises(UserError) as e:
-        checkpoint.keep_config(tmp_path, changed)
-    assert refused in str(e.value)
-    assert (tmp_path / checkpoint.CONFIG).read_text() == to_json(EXPERIMENT)
-
-
 def test_fingerprints_do_not_depend_on_the_sharding_or_the_machine():
     plain = tree()[0] | {"half": jnp.arange(6, dtype=jnp.bfloat16).reshape(2, 3)}
     mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("a", "b"))
@@ -358,10 +322,8 @@ def test_parameters_of_another_version_are_neither_served_nor_trained_on(tmp_pat
     progress = storage.unseal(json.loads(path.read_text()), "progress")
     assert progress.pop("format") == checkpoint.FORMAT
     path.write_text(json.dumps(storage.seal(progress | written) if written else progress))
-    before = (tmp_path / checkpoint.CONFIG).read_text()
     params, optimizer = (as_target(part) for part in tree())
     for act in (
-        lambda: checkpoint.keep_config(tmp_path, toy.experiment(999)),
         lambda: checkpoint.resume(tmp_path, {"of another shape": params["w"]}, optimizer),
         lambda: checkpoint.resume(tmp_path, params, optimizer),
         lambda: checkpoint.load_for_serving(tmp_path),
@@ -369,18 +331,9 @@ def test_parameters_of_another_version_are_neither_served_nor_trained_on(tmp_pat
         with pytest.raises(UserError, match=rf"has format {written.get('format', 1)}, .* reads {checkpoint.FORMAT}"):
             act()
     assert checkpoint.steps(tmp_path) == [1]
-    assert (tmp_path / checkpoint.CONFIG).read_text() == before
 
 
 def test_an_export_is_no_workdir(tmp_path):
     (tmp_path / "manifest.json").write_text("[]")
     with pytest.raises(UserError, match="is an export, or what is left of one"):
         checkpoint.read_newest(tmp_path)[0]
-
-
-@pytest.mark.parametrize("content", ["[]", "{", "\udcff"])
-def test_a_config_that_is_none_is_named(tmp_path, content):
-    (tmp_path / "config.json").write_bytes(content.encode(errors="surrogateescape"))
-    (tmp_path / checkpoint.FOLDER / "3").mkdir(parents=True)
-    with pytest.raises(UserError, match="is no config; bring it back"):
-        checkpoint.keep_config(tmp_path, toy.experiment())

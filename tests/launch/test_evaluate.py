@@ -11,7 +11,7 @@ from absl import flags
 
 from data_pipelines import builder
 from launch import evaluate, verb
-from tmljax import checkpoint, config
+from tmljax import checkpoint, config, lineage
 from tmljax.model.interaction import Definition
 
 
@@ -36,7 +36,7 @@ def workdir(tmp_path_factory) -> Path:
     shapes = Definition(experiment.stream, experiment.model).abstract()
     params = jax.tree.map(lambda leaf: jax.numpy.asarray(rng.normal(0.3, 0.3, leaf.shape), leaf.dtype), shapes)
     checkpoints = checkpoint.Checkpoints(folder, keep=1)
-    checkpoint.keep_config(folder, experiment)
+    lineage.keep_config(folder, experiment)
     (folder / checkpoint.TOKENIZER).write_bytes(Path(builder.tokenizer_path(experiment)).read_bytes())
     checkpoints.save(30, params, {"count": jax.numpy.zeros(())}, {"position": 0}, experiment)
     checkpoints.wait()
@@ -103,7 +103,7 @@ def test_a_part_does_not_replace_the_whole(workdir):
 
 
 def test_the_test_of_another_dataset_has_its_own_place(workdir, capsys):
-    trained = config.from_json((workdir / checkpoint.CONFIG).read_text())
+    trained = config.from_json((workdir / lineage.CONFIG).read_text())
     other = {"name": "other", "seed": 7, "test_per_family": 3}
     builder.build(replace(trained, data=replace(trained.data, **other)), progress=False, workers=1)
     own = (workdir / "report.json").read_text() if (workdir / "report.json").exists() else None

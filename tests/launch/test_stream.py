@@ -16,7 +16,7 @@ import soundfile
 from absl import flags
 
 from launch import export, stream, verb
-from tmljax import checkpoint, cluster, config
+from tmljax import checkpoint, cluster, config, lineage
 from tmljax.model.interaction import Definition
 from tmljax.serve import bundle
 from tmljax.stream.text import Tokenizer
@@ -45,7 +45,7 @@ def workdir(tmp_path_factory) -> Path:
     shapes = Definition(STREAM, MODEL).abstract()
     params = jax.tree.map(lambda leaf: jax.numpy.asarray(rng.normal(0.3, 0.3, leaf.shape), leaf.dtype), shapes)
     checkpoints = checkpoint.Checkpoints(folder, keep=1)
-    checkpoint.keep_config(folder, EXPERIMENT)
+    lineage.keep_config(folder, EXPERIMENT)
     Tokenizer.train([" what is three plus four"] * 4, STREAM.vocab_size).save(folder / checkpoint.TOKENIZER)
     checkpoints.save(30, params, {"count": jax.numpy.zeros(())}, {"position": 0}, EXPERIMENT)
     checkpoints.wait()

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests.train import toy
-from tmljax import checkpoint, cluster
+from tmljax import checkpoint, cluster, config
 from tmljax.config import UserError
 from tmljax.train import feed, loop, speed
 from tmljax.train.metrics import FILE, TIME, read_rows
@@ -250,7 +250,7 @@ def test_more_steps_and_another_mesh_are_allowed(straight, tmp_path):
     toy.run(tmp_path, toy.experiment(8))
     longer = toy.experiment(16, mesh={"data": 2, "fsdp": 2, "expert": 2}, train={"log_every": 4, "eval_every": 8})
     assert toy.run(tmp_path, longer, devices=8) == (16, None)
-    assert checkpoint.config.from_json((tmp_path / "config.json").read_text()) == longer
+    assert config.from_json((tmp_path / "config.json").read_text()) == longer
     assert [row["step"] for row in rows(tmp_path)] == [1, 2, 4, 6, 8, 12, 16]
 
 

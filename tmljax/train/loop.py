@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from tmljax import checkpoint, cluster, pulse
+from tmljax import checkpoint, cluster, lineage, pulse
 from tmljax.config import Experiment
 from tmljax.sharding import batch_sharding
 from tmljax.train.feed import Fed, Feed, Source, to_devices
@@ -81,7 +81,7 @@ def train(
     the process `began` at this Unix time; the lead process traces `profile` steps.
     Raises UserError for a workdir trained with another config, a mesh that does not divide, and a full disk.
     """
-    checkpoint.keep_config(workdir, experiment)
+    lineage.keep_config(workdir, experiment)
     program = make_program(experiment, definition, objective, mesh)
     sharding = batch_sharding(mesh)
     ledger = Ledger(workdir, began)

@@ -1,0 +1,75 @@
+"""The config of a workdir, in its config.json, and which others may go on with its checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from tmljax import checkpoint, cluster, config, files
+from tmljax.config import Experiment, UserError
+
+CONFIG = "config.json"
+# What a resumed run may change: how long (which moves the end of the schedule), how often and where, how the same
+# numbers are computed (where none are dropped), and what is for serving alone.
+FREE = (
+    *("train.steps", "train.log_every", "train.save_every", "train.keep", "train.eval_every", "train.eval_batches"),
+    *("data.root", "data.workers", "model.remat", "model.attention", "model.flow.steps", "model.flow.temperature"),
+    *("model.moe.exchange", "model.moe.matmul", "model.moe.block_rows", "model.moe.tick_matmul"),
+)
+FREE_GROUPS = ("mesh.", "sampling.")
+
+
+def keep_config(workdir: str | Path, experiment: Experiment) -> None:
+    """Writes config.json. Raises UserError naming the fields where the workdir's checkpoints were trained otherwise,
+    and where the newest is another version's."""
+    path, trained = Path(workdir) / CONFIG, checkpoint.steps(workdir)
+    if trained:
+        checkpoint.check_format(workdir, trained[-1])
+    if path.exists() and trained:
+        before = read_config(path)
+        changed = [
+            f"config.{name} was {old!r}, now {new!r}"
+            for name, old, new in differences(before, dataclasses.asdict(experiment))
+            if not is_free(name, experiment)
+        ]
+        if changed:
+            raise UserError(
+                f"{workdir} was trained with another config: {'; '.join(changed)}. Set it back or use another --workdir"
+            )
+    if cluster.is_lead():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            files.write_text(path, config.to_json(experiment))
+        except OSError as e:
+            raise UserError(f"--workdir={workdir} cannot be written: {e.strerror}; name another folder") from None
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """As it was written, by whatever version. Raises UserError where it is no config."""
+    try:
+        tree = json.loads(path.read_text())
+    except ValueError:
+        tree = None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} is no config; bring it back from a copy, or use another --workdir")
+    return tree
+
+
+def is_free(name: str, experiment: Experiment) -> bool:
+    if name == "model.moe.exchange" and experiment.model.moe.capacity_factor is not None:
+        return False  # each drops others
+    return name in FREE or name.startswith(FREE_GROUPS)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """(dotted name, old, new) of each leaf that is not the same."""
+    found = []
+    for name in sorted(old.keys() | new.keys()):
+        a, b = old.get(name), new.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{prefix}{name}.")
+        elif a != b:
+            found.append((prefix + name, a, b))
+    return found
