@@ -9,9 +9,9 @@ from tmljax.config import UserError, to_json
 EXPERIMENT = toy.experiment()
 
 
-def train(workdir, **progress):
+def train(workdir, experiment=EXPERIMENT, **progress):
     """What matters here of what a run leaves: its config, and what a checkpoint says of itself."""
-    lineage.keep_config(workdir, EXPERIMENT)
+    lineage.keep_config(workdir, experiment)
     folder = workdir / checkpoint.FOLDER / "1" / checkpoint.PROGRESS
     folder.mkdir(parents=True)
     (folder / "metadata").write_text(json.dumps(storage.seal({"format": checkpoint.FORMAT} | progress)))
@@ -65,6 +65,36 @@ def test_checkpoints_of_another_version_are_not_trained_on(tmp_path):
     with pytest.raises(UserError, match=rf"has format {checkpoint.FORMAT + 1}, .* reads {checkpoint.FORMAT}"):
         lineage.keep_config(tmp_path, toy.experiment(999))
     assert kept(tmp_path) == to_json(EXPERIMENT)
+
+
+def with_experts(**moe):
+    return toy.experiment(model={"moe": moe})
+
+
+@pytest.mark.parametrize(
+    "moe", [{"exchange": "gathered"}, *({"exchange": e, "capacity_factor": 1.1} for e in ("padded", "ragged"))], ids=str
+)
+def test_the_matmul_may_change_where_it_decides_nothing(tmp_path, moe):
+    train(tmp_path, with_experts(matmul="ragged", **moe))
+    lineage.keep_config(tmp_path, with_experts(matmul="grouped", **moe))
+
+
+def test_where_the_tiles_of_the_matmul_decide_what_is_dropped_it_stays(tmp_path):
+    moe = {"exchange": "gathered", "capacity_factor": 1.1}
+    train(tmp_path, with_experts(matmul="ragged", **moe))
+    with pytest.raises(UserError, match=r"config\.model\.moe\.matmul was 'ragged', now 'grouped'"):
+        lineage.keep_config(tmp_path, with_experts(matmul="grouped", **moe))
+
+
+def test_the_exchange_may_change_where_nothing_is_dropped(tmp_path):
+    train(tmp_path, with_experts(exchange="padded"))
+    lineage.keep_config(tmp_path, with_experts(exchange="gathered"))
+
+
+def test_another_exchange_drops_others(tmp_path):
+    train(tmp_path, with_experts(exchange="padded", capacity_factor=1.1))
+    with pytest.raises(UserError, match=r"config\.model\.moe\.exchange was 'padded', now 'gathered'"):
+        lineage.keep_config(tmp_path, with_experts(exchange="gathered", capacity_factor=1.1))
 
 
 @pytest.mark.parametrize("content", ["[]", "{", "\udcff"])

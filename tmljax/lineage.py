@@ -12,7 +12,7 @@ from tmljax.config import Experiment, UserError
 
 CONFIG = "config.json"
 # What a resumed run may change: how long (which moves the end of the schedule), how often and where, how the same
-# numbers are computed (where none are dropped), and what is for serving alone.
+# numbers are computed (but for `dropping`), and what is for serving alone.
 FREE = (
     *("train.steps", "train.log_every", "train.save_every", "train.keep", "train.eval_every", "train.eval_batches"),
     *("data.root", "data.workers", "model.remat", "model.attention", "model.flow.steps", "model.flow.temperature"),
@@ -58,9 +58,17 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def is_free(name: str, experiment: Experiment) -> bool:
-    if name == "model.moe.exchange" and experiment.model.moe.capacity_factor is not None:
-        return False  # each drops others
-    return name in FREE or name.startswith(FREE_GROUPS)
+    return (name in FREE or name.startswith(FREE_GROUPS)) and name not in dropping(experiment.model.moe)
+
+
+def dropping(moe: config.Moe) -> tuple[str, ...]:
+    """What decides which assignments find no room, beside the mesh: with a capacity another one may drop others too,
+    but a run must be able to go on with what hardware there is."""
+    if moe.capacity_factor is None:
+        return ()
+    if moe.exchange == "gathered":  # its room is in whole tiles of the matmul
+        return ("model.moe.exchange", "model.moe.matmul")
+    return ("model.moe.exchange",)
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
