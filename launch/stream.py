@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import flags
@@ -35,6 +35,22 @@ from tmljax.stream.record import Word
 PAUSE = 0.6  # seconds of silence that end an utterance in the printed summary
 
 
+class Input(NamedTuple):
+    """What the user says and types."""
+
+    path: str
+    channel: str
+    typed: Sequence[str]
+
+
+class Output(NamedTuple):
+    """The files to write."""
+
+    path: str
+    stereo: bool
+    json_path: str | None
+
+
 def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "training workdir or export directory", required=True)
     flags.DEFINE_string("input", None, "sound file to stream: any rate, channels and width", required=True)
@@ -50,51 +66,38 @@ def define_flags() -> None:
 def main(argv: Sequence[str]) -> None:
     given = flags.FLAGS
     cluster.enable_compile_cache()
-    stream(
-        given.workdir,
-        given.input,
-        given.output,
-        json_path=given.json,
-        typed=given.typed,
-        channel=given.channel,
-        stereo=given.stereo,
-        seed=given.seed,
-        step=given.step,
-        overrides=verb.overrides(),
-    )
+    spoken = Input(given.input, given.channel, given.typed)
+    written = Output(given.output, given.stereo, given.json)
+    stream(given.workdir, spoken, written, seed=given.seed, step=given.step, overrides=verb.overrides())
 
 
 def stream(
     workdir: str,
-    input_path: str,
-    output_path: str,
+    spoken: Input,
+    written: Output,
     *,
-    json_path: str | None = None,
-    typed: Sequence[str] = (),
-    channel: str = "mix",
-    stereo: bool = False,
     seed: int = 0,
     step: str | None = None,
     overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The verb; returns what --json writes. Raises UserError for bad input before any work is done."""
-    for path in (output_path, json_path):
-        check_writable(path, input_path)
-    if json_path is not None and os.path.abspath(json_path) == os.path.abspath(output_path):
-        raise UserError(f"--json and --output both name {output_path}; give each its own file")
-    user = pick_channel(read_audio(input_path), channel, input_path)
-    words = [parse_typed(one, len(user) / SAMPLE_RATE) for one in typed]
+    for path in (written.path, written.json_path):
+        check_writable(path, spoken.path)
+    if written.json_path is not None and os.path.abspath(written.json_path) == os.path.abspath(written.path):
+        raise UserError(f"--json and --output both name {written.path}; give each its own file")
+    user = pick_channel(read_audio(spoken.path), spoken.channel, spoken.path)
+    words = [parse_typed(one, len(user) / SAMPLE_RATE) for one in spoken.typed]
     engine = load_engine(workdir, step, overrides)
     source = SessionInput(audio=user, typed=words)
     with tqdm(total=microturns([source]), unit="tick", desc="streaming", mininterval=0.5) as bar:
         (transcript,) = converse(engine, [source], [seed], progress=bar.update)
     model = transcript.audio
-    write_wav(output_path, np.stack([model, user], axis=1) if stereo else model)
-    report = describe(engine, transcript, workdir, input_path, channel, stereo, seed, words)
-    if json_path:
-        write_json(json_path, report)
+    write_wav(written.path, np.stack([model, user], axis=1) if written.stereo else model)
+    report = describe(engine, transcript, workdir, spoken, words, written.stereo, seed)
+    if written.json_path:
+        write_json(written.json_path, report)
     print(summary(transcript, words, report))
-    print(f"wrote {output_path}" + (f" and {json_path}" if json_path else ""))
+    print(f"wrote {written.path}" + (f" and {written.json_path}" if written.json_path else ""))
     return report
 
 
@@ -163,17 +166,16 @@ def describe(
     engine: Engine,
     transcript: Transcript,
     workdir: str,
-    input_path: str,
-    channel: str,
+    spoken: Input,
+    typed: Sequence[Word],
     stereo: bool,
     seed: int,
-    typed: Sequence[Word],
 ) -> dict[str, Any]:
     seconds = len(transcript.audio) / SAMPLE_RATE
     total_ms = [tick + vocoder for tick, vocoder in zip(transcript.tick_ms, transcript.vocoder_ms, strict=True)]
     return {
-        "input": str(input_path),
-        "channel": channel,
+        "input": spoken.path,
+        "channel": spoken.channel,
         "seconds": seconds,
         "layout": "left model, right user" if stereo else "mono model",
         "words": as_json(transcript.words),

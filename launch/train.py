@@ -29,7 +29,7 @@ from tmljax.model.interaction import Definition
 from tmljax.serve import bundle
 from tmljax.sharding import check, make_mesh, param_shardings, process_rows
 from tmljax.stream.text import Tokenizer
-from tmljax.train.loop import Outcome, train
+from tmljax.train.loop import Data, Outcome, Task, train
 from tmljax.train.objective import objective
 from tmljax.train.speed import step_flops
 
@@ -78,19 +78,9 @@ def train_workdir(
     lineage.keep_config(workdir, experiment)  # what cannot be done has been refused, and leaves no trace
     tokenizer = prepare_data(experiment, workdir)
     with contextlib.closing(loader.train_loader(experiment, tokenizer, rows=rows)) as batches:
-        return train(
-            experiment,
-            workdir,
-            model,
-            objective,
-            batches,
-            loader.validation_batches(experiment, tokenizer, experiment.train.eval_batches, rows=rows),
-            mesh,
-            flops=step_flops(experiment, model),
-            began=began,
-            profile=profile,
-            out=out,
-        )
+        held_out = loader.validation_batches(experiment, tokenizer, experiment.train.eval_batches, rows=rows)
+        task, data = Task(experiment, model, objective, step_flops(experiment, model)), Data(batches, held_out)
+        return train(task, workdir, data, mesh, began=began, profile=profile, out=out)
 
 
 def prepare_data(experiment: Experiment, workdir: str) -> Tokenizer:

@@ -16,7 +16,7 @@ import numpy as np
 
 from tmljax import cluster, config
 from tmljax.sharding import make_mesh
-from tmljax.train.loop import Outcome, train
+from tmljax.train.loop import Data, Outcome, Task, train
 
 F, D, L, E = 6, 8, 3, 4
 
@@ -128,17 +128,9 @@ def run(
     profile: int = 0,
 ) -> Outcome:
     batch = experiment.data.batch
-    return train(
-        experiment,
-        workdir,
-        Definition(),
-        objective,
-        Source(batch) if source is None else source,
-        [next(Source(batch))],
-        make_mesh(experiment.mesh, jax.devices()[:devices]),
-        out=out,
-        profile=profile,
-    )
+    data = Data(Source(batch) if source is None else source, [next(Source(batch))])
+    mesh = make_mesh(experiment.mesh, jax.devices()[:devices])
+    return train(Task(experiment, Definition(), objective), workdir, data, mesh, out=out, profile=profile)
 
 
 if __name__ == "__main__":

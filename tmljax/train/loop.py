@@ -32,6 +32,22 @@ from tmljax.train.step import Metrics, Objective, Program, make_program
 SELECTION = "val/loss/total"  # the best checkpoint is the one where this is lowest
 
 
+class Task(NamedTuple):
+    """What is trained."""
+
+    experiment: Experiment
+    definition: Definition
+    objective: Objective
+    flops: float | None = None  # of a step, where they are counted
+
+
+class Data(NamedTuple):
+    """What it is trained and judged on: this process's rows of each batch."""
+
+    batches: Source
+    validation: Sequence[dict[str, np.ndarray]]  # held out
+
+
 class Outcome(NamedTuple):
     step: int  # steps taken over all runs
     signal: signal.Signals | None  # what asked the loop to stop, None where it came to its end
@@ -62,36 +78,34 @@ class Run:
 
 
 def train(
-    experiment: Experiment,
+    task: Task,
     workdir: str | Path,
-    definition: Definition,
-    objective: Objective,
-    batches: Source,
-    validation: Sequence[dict[str, np.ndarray]],
+    data: Data,
     mesh: Mesh,
     *,
-    flops: float | None = None,
     began: float | None = None,
     profile: int = 0,
     out: TextIO | None = None,
 ) -> Outcome:
     """Trains until config.train.steps, SIGTERM or Ctrl-C, going on from the newest checkpoint of the workdir.
 
-    `batches` yields this process's rows of each batch, `validation` of the held-out ones; `flops` are those of a step;
-    the process `began` at this Unix time; the lead process traces `profile` steps.
+    The process `began` at this Unix time; the lead process traces `profile` steps.
     Raises UserError for a workdir trained with another config, a mesh that does not divide, and a full disk.
     """
+    experiment = task.experiment
     lineage.keep_config(workdir, experiment)
-    program = make_program(experiment, definition, objective, mesh)
+    program = make_program(experiment, task.definition, task.objective, mesh)
     sharding = batch_sharding(mesh)
     ledger = Ledger(workdir, began)
     pulse.at("restoring")
     with ledger.spending("restore"):
-        restored = resume(workdir, program.abstract, batches)
-    feed = Feed(batches, sharding)  # reads while the programs below compile
+        restored = resume(workdir, program.abstract, data.batches)
+    feed = Feed(data.batches, sharding)  # reads while the programs below compile
     try:
         state = (
-            create_state(definition, program.optimizer, mesh, experiment.train.seed) if restored is None else restored
+            create_state(task.definition, program.optimizer, mesh, experiment.train.seed)
+            if restored is None
+            else restored
         )
         step = int(jax.device_get(state.step))
         lead = cluster.is_lead()
@@ -101,14 +115,14 @@ def train(
             run = Run(
                 experiment,
                 program,
-                validation,
+                data.validation,
                 sharding,
                 open_things.enter_context(contextlib.closing(checkpoint.Checkpoints(workdir, experiment.train.keep))),
                 open_things.enter_context(contextlib.closing(Journal(workdir, step))) if lead else None,
                 open_things.enter_context(contextlib.closing(Progress(step, experiment.train.steps, out)))
                 if lead
                 else None,
-                Stopwatch(experiment, flops, list(mesh.devices.flat), step),
+                Stopwatch(experiment, task.flops, list(mesh.devices.flat), step),
                 ledger,
                 open_things.enter_context(contextlib.closing(Profile(workdir, step, profile if lead else 0))),
             )
