@@ -1,6 +1,7 @@
 """Times against arithmetic done by hand."""
 
 import contextlib
+from types import SimpleNamespace
 
 import pytest
 
@@ -8,6 +9,7 @@ from tmljax import config
 from tmljax.plan.hardware import CHIPS, Run, find_slice, runs_of
 from tmljax.plan.roofline import Traffic, Work, collective_seconds, hops_of, terms
 from tmljax.sharding import AXES
+from tmljax.train.speed import peak_flops
 
 V5P = find_slice("v5p:4x8x8")
 RING = (Run(8, True),)
@@ -65,6 +67,21 @@ def test_a_shift_goes_over_one_link_at_a_time():
 def test_a_chip_of_two_devices_has_the_links_of_one():
     one, two = (find_slice(f"{kind}:4x4x4").chip for kind in ("v5p", "tpu7x"))  # 1200 GB/s a chip, both
     assert two.link == one.link / 2
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "peak"),
+    [
+        ("v5e:2x2", "TPU v5 lite", 4 * 197e12),
+        ("tpu7x:2x2x1", "TPU7x", 4 * 2307e12),
+        ("h200:1x8", "NVIDIA H200", 8 * 989e12),
+    ],
+)
+def test_a_plan_and_a_run_count_on_the_same_flops(name, kind, peak):
+    """A chip of TPU7x is two devices."""
+    where = find_slice(name)
+    assert where.devices * where.chip.flops == peak
+    assert peak_flops([SimpleNamespace(device_kind=kind)] * where.devices) == peak
 
 
 def test_gpus_leave_the_node_over_their_network_card():

@@ -86,6 +86,9 @@ def tile_rows(moe: config.Moe) -> int:
     return expert_ops.TILE_ROWS if moe.matmul == "grouped" else 1
 
 
+ROUTED = ("gate", "up", "down")  # those of an ExpertLayer's parameters that a position uses a share of
+
+
 class ExpertLayer(nnx.Module):
     """Routed experts, beside a shared one unless its width is 0 (DeepSeekMoE, arXiv 2401.06066)."""
 

@@ -15,6 +15,7 @@ from itertools import combinations, permutations
 from typing import Literal
 
 from tmljax.config import UserError
+from tmljax.train.speed import PEAKS
 
 
 @dataclass(frozen=True)
@@ -45,15 +46,15 @@ class Chip:
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", 275e12, 32e9, 1.228e12, 4.5e10, 3.1e9, largest=4096),
-        Chip("v5e", 197e12, 16e9, 8.19e11, 4.5e10, 3.1e9, dims=2, wraps_at=16),
-        Chip("v5p", 459e12, 95e9, 2.765e12, 9e10, 6.2e9, largest=6144),
-        Chip("v6e", 918e12, 32e9, 1.64e12, 9e10, 1.25e10, dims=2, wraps_at=16),
-        Chip("tpu7x", 2307e12, 192e9, 7.37e12, 9e10, 1.25e10, devices=2),
-        Chip("a100", 312e12, 80e9, 2.04e12, 3e11, 2.5e10, "gpu"),
-        Chip("h100", 989e12, 80e9, 3.35e12, 4.5e11, 5e10, "gpu"),
-        Chip("h200", 989e12, 141e9, 4.8e12, 4.5e11, 5e10, "gpu"),
-        Chip("b200", 2250e12, 180e9, 7.7e12, 9e11, 5e10, "gpu"),
+        Chip("v4", PEAKS["TPU v4"], 32e9, 1.228e12, 4.5e10, 3.1e9, largest=4096),
+        Chip("v5e", PEAKS["TPU v5e"], 16e9, 8.19e11, 4.5e10, 3.1e9, dims=2, wraps_at=16),
+        Chip("v5p", PEAKS["TPU v5p"], 95e9, 2.765e12, 9e10, 6.2e9, largest=6144),
+        Chip("v6e", PEAKS["TPU v6"], 32e9, 1.64e12, 9e10, 1.25e10, dims=2, wraps_at=16),
+        Chip("tpu7x", 2 * PEAKS["TPU7x"], 192e9, 7.37e12, 9e10, 1.25e10, devices=2),
+        Chip("a100", PEAKS["NVIDIA A100"], 80e9, 2.04e12, 3e11, 2.5e10, "gpu"),
+        Chip("h100", PEAKS["NVIDIA H100"], 80e9, 3.35e12, 4.5e11, 5e10, "gpu"),
+        Chip("h200", PEAKS["NVIDIA H200"], 141e9, 4.8e12, 4.5e11, 5e10, "gpu"),
+        Chip("b200", PEAKS["NVIDIA B200"], 180e9, 7.7e12, 9e11, 5e10, "gpu"),
     )
 }
 

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from tmljax.fingerprint import flatten
+from tmljax.model.block import ROUTED
 from tmljax.model.interaction import Definition
 from tmljax.plan.setting import shapes_of
 
@@ -16,9 +18,6 @@ class Part(NamedTuple):
     name: str
     total: int
     active: float  # routed experts count for the share of them that a position is sent to
-
-
-ROUTED = ("gate", "up", "down")
 
 
 def part_of(path: list[str]) -> str:
@@ -37,8 +36,8 @@ def part_of(path: list[str]) -> str:
 def by_part(params: Any) -> dict[str, list[jax.ShapeDtypeStruct]]:
     """The leaves of each part."""
     parts = collections.defaultdict(list)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        parts[part_of([key.key for key in path])].append(leaf)
+    for name, leaf in flatten(params).items():
+        parts[part_of(name.split("."))].append(leaf)
     return dict(parts)
 
 

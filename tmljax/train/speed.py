@@ -17,6 +17,8 @@ import jax
 import numpy as np
 
 from tmljax.config import Experiment
+from tmljax.fingerprint import flatten
+from tmljax.model.block import ROUTED
 from tmljax.stream.microturn import MICROTURN_SECONDS, Layout
 from tmljax.train.metrics import TIME, Row
 from tmljax.train.optimizer import is_matrix
@@ -52,11 +54,11 @@ def peak_flops(devices: list[jax.Device]) -> float | None:
 
 def step_flops(experiment: Experiment, definition: Definition) -> float:
     """Model FLOPs of a training step of the interaction model."""
-    params = jax.tree_util.tree_leaves_with_path(definition.abstract())
+    params = flatten(definition.abstract())
     axes = jax.tree.leaves(definition.axes(), is_leaf=lambda x: isinstance(x, tuple))
     matrices = sum(
-        leaf.size * places([key.key for key in path], experiment)
-        for (path, leaf), names in zip(params, axes, strict=True)
+        leaf.size * places(name.split("."), experiment)
+        for (name, leaf), names in zip(params.items(), axes, strict=True)
         if is_matrix(names)
     )
     return experiment.data.batch * (6 * matrices + attention_flops(experiment))
@@ -69,8 +71,7 @@ def places(path: list[str], experiment: Experiment) -> float:
     if group in ("tokens", "slots", "senses", "sense_scales") or name == "table":
         return 0  # looked up
     if group == "trunk":
-        routed = name in ("gate", "up", "down")
-        return len(layout.positions(length)) * (model.moe.top_k / model.moe.experts if routed else 1)
+        return len(layout.positions(length)) * (model.moe.top_k / model.moe.experts if name in ROUTED else 1)
     if group == "patches":
         patches = length // experiment.stream.video_every * layout.patches
         return patches * {"pixels": 100, "merge": 25, "last": 1 / experiment.stream.patches_per_slot}[name]
