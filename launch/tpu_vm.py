@@ -15,6 +15,7 @@ import json
 import shlex
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +24,10 @@ from absl import flags
 
 from launch import starter, verb
 from launch.ssh import process
+from tmljax.config import UserError
+
+GONE = {"PREEMPTED", "TERMINATED"}  # of the states of a slice, those that none comes back from
+PASSING = {"CREATING", "STARTING", "RESTARTING", "REIMAGING", "REPAIRING", "STOPPING", "DELETING", "HIDING", "UNHIDING"}
 
 FOLDER = "tmljax"  # in the home of each worker
 ARCHIVE = f"{FOLDER}.tar.gz"
@@ -106,20 +111,31 @@ class TpuVm(NamedTuple):
 
 
 def prepare(tpu: TpuVm) -> int:
-    """Makes and fills the slice where there is none, or none that works; returns the exit code of what failed, or 0."""
-    state, _ = tpu.look()
+    """Makes and fills the slice where there is none, or only what is left of one; returns the exit code of what
+    failed, or 0. Raises UserError for a slice that neither works nor is gone."""
     given = flags.FLAGS
-    if state != "READY" or tpu.shell.dry:
-        if state not in ("", "READY"):
-            starter.say(f"{tpu.name} is {state}; it is made anew")
-            tpu.shell.run(*tpu.words("delete", "--quiet"))
-        kind = (f"--accelerator-type={given.type}", f"--version={given.version}")
-        code = tpu.shell.run(*tpu.words("create", *kind, *verb.words_of("create")))
-        if code:
-            return code
-    elif not given.renew and tpu.run_line("all", f"test -e {FOLDER}/{INSTALLED}") == 0:
-        return 0
-    return install(tpu, given.setup)
+    state = settled(tpu, given.pause)
+    if state == "READY" and not tpu.shell.dry:
+        if not given.renew and tpu.run_line("all", f"test -e {FOLDER}/{INSTALLED}") == 0:
+            return 0
+        return install(tpu, given.setup)
+    if state in GONE:
+        starter.say(f"{tpu.name} is {state}; it is made anew")
+        tpu.shell.run(*tpu.words("delete", "--quiet"))
+    elif state not in ("", "READY"):
+        start, delete = (shlex.join(tpu.words(word)) for word in ("start", "delete"))
+        raise UserError(f"{tpu.name} is {state}; start it with {start}, or delete it, to have it made anew: {delete}")
+    kind = (f"--accelerator-type={given.type}", f"--version={given.version}")
+    code = tpu.shell.run(*tpu.words("create", *kind, *verb.words_of("create")))
+    return code or install(tpu, given.setup)
+
+
+def settled(tpu: TpuVm, pause: float) -> str:
+    """The state of the slice, which is looked at again while it is on the way to another."""
+    while (state := tpu.look()[0]) in PASSING:
+        starter.say(f"{tpu.name} is {state}; looking again in {pause:g} seconds")
+        time.sleep(pause)
+    return state
 
 
 def install(tpu: TpuVm, setup: str) -> int:

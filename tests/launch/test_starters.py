@@ -265,6 +265,32 @@ def test_a_tpu_vm_is_made_filled_and_made_anew_after_a_preemption(cloud):
     assert not (cloud.folder / "machine" / "tmljax" / ".git").exists()
 
 
+def test_a_tpu_vm_on_its_way_is_waited_for_and_never_deleted(cloud):
+    """Before any training and after it has begun; none of this is a failure."""
+    before = ["CREATING", "STARTING", "RESTARTING", "REIMAGING"]
+    after = ["REPAIRING", "REPAIRING", "STOPPING", "UNHIDING"]
+    on_its_way = [[(0, json.dumps({"state": state})) for state in states] for states in (before, after)]
+    cloud.answers("describe", *on_its_way[0], *[(0, READY)] * 2, *on_its_way[1], (0, READY))
+    cloud.answers("follow", (255, ""), (0, ""))
+    (cloud.folder / "machine").mkdir()
+    done = cloud.start(*tpu("--restarts=0"))
+    assert done.returncode == 0, done.stderr
+    asked = verbs(cloud)
+    assert asked[:5] == ["describe"] * 5
+    assert asked.count("ssh start") == 2
+    assert not {"create", "delete"} & set(asked)
+    for state in before + after[1:]:
+        assert f"demo is {state}; looking again in 0 seconds" in done.stderr
+    assert done.stderr.count("training was stopped before its end") == 1
+
+
+@pytest.mark.parametrize("state", ["STOPPED", "HIDDEN", "UNKNOWN"])
+def test_a_tpu_vm_that_rests_is_left_to_who_stopped_it(cloud, state):
+    cloud.answers("describe", (0, json.dumps({"state": state})))
+    refuses(cloud.start(*tpu()), f"demo is {state}; start it with gcloud compute tpus tpu-vm start demo --zone=us-x1")
+    assert verbs(cloud) == ["describe"]
+
+
 def test_a_tpu_vm_that_trains_already_is_followed_and_its_failure_stops_the_others(cloud):
     """Nothing of the far side is faked but the training: it says something, fails once, and then is at its end."""
     machine = cloud.folder / "machine" / "tmljax"
