@@ -1,12 +1,21 @@
 """Trains on a TPU VM slice: makes it, copies this repository, trains on all workers, and again after a preemption.
 
     python -m launch.tpu_vm --name=demo --zone=us-east5-a --type=v5p-32 --version=v2-alpha-tpuv5 --create=--spot \\
-        --setup="mount /mnt/shared" \\
+        --setup="bash workers.sh" --python=python3.12 \\
         -- .venv/bin/python -m launch.train --config=configs/demo.py --workdir=/mnt/shared/demo
 
-What git would track here is copied to ~/tmljax of every worker and installed there with the extra `tpu`; --setup runs
-after that. The workdir and config.data.root lie on a disk that all workers see. The training outlives this command,
-which follows it: Ctrl-C leaves it running, and the same command follows it again. The slice stays when it is done.
+What git would track here is copied to ~/tmljax of every worker; --setup runs there; then --python, 3.11 or newer, makes
+the environment .venv and installs the repository with the extra `tpu`. The workdir and config.data.root lie on a disk
+that all workers see. A workers.sh for images whose python3 is 3.10, with a disk of NFS:
+
+    set -e
+    sudo add-apt-repository -y ppa:deadsnakes/ppa
+    sudo apt-get install -y python3.12-venv nfs-common
+    sudo mkdir -p /mnt/shared
+    mountpoint -q /mnt/shared || sudo mount -t nfs SERVER:/shared /mnt/shared
+
+It runs again where what comes after it failed. The training outlives this command, which follows it: Ctrl-C leaves it
+running, and the same command follows it again. The slice stays when it is done.
 """
 
 from __future__ import annotations
@@ -32,7 +41,9 @@ PASSING = {"CREATING", "STARTING", "RESTARTING", "REIMAGING", "REPAIRING", "STOP
 FOLDER = "tmljax"  # in the home of each worker
 ARCHIVE = f"{FOLDER}.tar.gz"
 INSTALLED = ".venv/.installed"  # the sign that all of this came to its end
-INSTALL = "python3 -m venv .venv && .venv/bin/pip install --quiet --constraint constraints.txt --editable '.[tpu]'"
+INSTALL = ".venv/bin/pip install --quiet --constraint constraints.txt --editable '.[tpu]'"
+NEEDED = (3, 11)  # of Python, as in pyproject.toml
+OLDER = 78  # exit code of a worker whose Python is older
 
 
 def define_flags() -> None:
@@ -41,7 +52,8 @@ def define_flags() -> None:
     flags.DEFINE_string("type", None, "accelerator type, v5p-32 say", required=True)
     flags.DEFINE_string("version", None, "runtime version, v2-alpha-tpuv5 say", required=True)
     flags.DEFINE_string("create", "", "more options for its creation: --spot, --network=..., --project=...")
-    flags.DEFINE_string("setup", "", "shell command for each worker of a new slice, after the installation")
+    flags.DEFINE_string("setup", "", "shell command for each worker of a new slice, before the installation")
+    flags.DEFINE_string("python", "python3", "of the workers, 3.11 or newer, as their shell finds it")
     flags.DEFINE_integer("grace", 120, "seconds to save in when asked to stop", lower_bound=1)
     flags.DEFINE_integer("restarts", 10, "how often a training that fails is started again", lower_bound=0)
     flags.DEFINE_float("pause", 30.0, "seconds before it is started again", lower_bound=0)
@@ -118,7 +130,7 @@ def prepare(tpu: TpuVm) -> int:
     if state == "READY" and not tpu.shell.dry:
         if not given.renew and tpu.run_line("all", f"test -e {FOLDER}/{INSTALLED}") == 0:
             return 0
-        return install(tpu, given.setup)
+        return install(tpu, given.setup, given.python)
     if state in GONE:
         starter.say(f"{tpu.name} is {state}; it is made anew")
         tpu.shell.run(*tpu.words("delete", "--quiet"))
@@ -127,7 +139,7 @@ def prepare(tpu: TpuVm) -> int:
         raise UserError(f"{tpu.name} is {state}; start it with {start}, or delete it, to have it made anew: {delete}")
     kind = (f"--accelerator-type={given.type}", f"--version={given.version}")
     code = tpu.shell.run(*tpu.words("create", *kind, *verb.words_of("create")))
-    return code or install(tpu, given.setup)
+    return code or install(tpu, given.setup, given.python)
 
 
 def settled(tpu: TpuVm, pause: float) -> str:
@@ -138,7 +150,7 @@ def settled(tpu: TpuVm, pause: float) -> str:
     return state
 
 
-def install(tpu: TpuVm, setup: str) -> int:
+def install(tpu: TpuVm, setup: str, python: str) -> int:
     """Copies the files that git would track, and installs them on every worker; returns the exit code."""
     root = shlex.quote(str(Path(__file__).parents[1]))
     with tempfile.TemporaryDirectory() as folder:
@@ -147,9 +159,29 @@ def install(tpu: TpuVm, setup: str) -> int:
         tpu.shell.check("bash", "-c", f"{tracked} | tar -czf {archive} -C {root} --null -T -")
         copy = ["gcloud", "compute", "tpus", "tpu-vm", "scp", archive, f"{tpu.name}:", f"--zone={tpu.zone}"]
         code = tpu.shell.run(*copy, "--worker=all")
-    steps = [f"mkdir -p {FOLDER}", f"tar -xzf {ARCHIVE} -C {FOLDER}", f"cd {FOLDER}", INSTALL, setup or "true"]
-    steps.append(f"touch {INSTALLED}")
-    return code or tpu.run_line("all", " && ".join(steps))
+    code = code or tpu.run_line("all", " && ".join(steps(setup, python)))
+    if code == OLDER:  # no slice waits, and costs, for what trying again would not mend
+        needed = ".".join(map(str, NEEDED))
+        return verb.complain(
+            f"tmljax needs Python {needed} or newer, and {python} of {tpu.name} is older or not there; "
+            "set --python=/path/to/a/newer/python, which --setup may install"
+        )
+    return code
+
+
+def steps(setup: str, python: str) -> list[str]:
+    """What a worker does with the archive."""
+    suits = shlex.quote(f"import sys; sys.exit(sys.version_info < {NEEDED})")
+    return [
+        f"mkdir -p {FOLDER}",
+        f"tar -xzf {ARCHIVE} -C {FOLDER}",
+        f"cd {FOLDER}",
+        f"bash -c {shlex.quote(setup)}",
+        f"{{ {python} -c {suits} || exit {OLDER}; }}",
+        f"{python} -m venv .venv",
+        INSTALL,
+        f"touch {INSTALLED}",
+    ]
 
 
 if __name__ == "__main__":

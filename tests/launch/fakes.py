@@ -103,6 +103,9 @@ give(*answer(verb))
 """
 
 INSTALLER = """
+if sys.argv[1] == "-c":
+    sys.version_info = tuple(answer("version", (3, 12)))
+    exec(sys.argv[2])
 if sys.argv[1:3] == ["-m", "venv"]:
     os.makedirs(sys.argv[3] + "/bin", exist_ok=True)
     for program in ("pip", "python"):

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
 
+from launch import tpu_vm
 from tests.launch.fakes import (
     ANSWER,
     FINISHED,
@@ -218,7 +221,7 @@ def verbs(fakes):
     assert listed["argv"][3] == "list"  # whether we may ask at all
     for call in calls:
         line = next((a.removeprefix("--command=") for a in call["argv"] if a.startswith("--command=")), "")
-        words = [w for w in ("setup-ran", "start", "follow", "launch.finished", "stop") if f"{w}" in line.split()]
+        words = re.findall(r"(?<![\w-])(?:setup-ran|start|follow|launch\.finished|stop)(?![\w-])", line)
         short.append(" ".join([call["argv"][3], *words[:1]]))
     return short
 
@@ -318,6 +321,40 @@ def test_a_tpu_vm_whose_installation_failed_is_installed_again(cloud):
     assert done.returncode == 0, done.stderr
     fill = ["describe", "ssh", "scp", "ssh setup-ran"]
     assert verbs(cloud) == [*fill, *fill, "describe", "ssh start", "ssh follow", "ssh launch.finished"]
+
+
+def test_the_setup_of_a_worker_comes_before_the_installation_and_may_bring_its_python(cloud):
+    programs = cloud.folder / "bin"
+    cloud.answers("describe", (0, READY))
+    setup = f"test -e .venv || ln -s {programs}/python3 {programs}/python3.12; echo setup-ran"
+    done = cloud.start(*tpu(f"--setup={setup}", "--python=python3.12"))
+    assert done.returncode == 0, done.stderr
+    assert [call["argv"][:2] for call in cloud.calls("python3.12")][1:] == [["-m", "venv"]]
+    assert not cloud.calls("python3")
+
+
+def test_the_setup_of_a_worker_that_fails_ends_the_installation(cloud):
+    cloud.answers("describe", (0, READY))
+    done = cloud.start(*tpu("--setup=false; false", "--restarts=0"))
+    assert done.returncode == 1
+    assert not cloud.calls("python3")
+
+
+@pytest.mark.parametrize(("python", "version"), [("python3", (3, 10, 12)), ("python3.99", (3, 99))])
+def test_a_worker_whose_python_is_older_is_no_reason_to_try_again(cloud, python, version):
+    cloud.answers("describe", (0, READY))
+    cloud.answers("version", version)
+    done = cloud.start(*tpu(f"--python={python}"))
+    assert done.returncode == 2
+    assert f"error: tmljax needs Python 3.11 or newer, and {python} of demo is older or not there; " in done.stderr
+    assert "demo still exists, and costs" in done.stderr
+    assert verbs(cloud) == ["describe", "ssh", "scp", "ssh setup-ran"]
+    assert not cloud.calls("pip")
+
+
+def test_the_python_of_a_worker_is_as_new_as_the_project_wants():
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
+    assert wanted == ">=" + ".".join(map(str, tpu_vm.NEEDED))
 
 
 def test_who_is_not_logged_in_is_told_at_once(cloud):
