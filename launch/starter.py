@@ -12,12 +12,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from absl import flags
 
 from launch import verb
-from tmljax.config import UserError
+from tmljax.config import UserError, refuse_address
 
 PORT = 8476  # of the first host, where the processes of a run find one another
 MISTAKE = 2  # exit code: starting again would not help
@@ -44,6 +45,15 @@ class Command(NamedTuple):
     def words(self, module: str = "launch.train") -> list[str]:
         return [self.python, "-m", module, *self.flags]
 
+    def value(self, flag: str) -> str | None:
+        """Of --FLAG=VALUE or --FLAG VALUE, the last of them; None where there is none."""
+        found = None
+        for word, after in pairwise((*self.flags, None)):
+            name, equals, value = word.lstrip("-").partition("=")
+            if word.startswith("-") and name == flag:
+                found = value if equals else after
+        return found
+
     def finished(self) -> list[str]:
         """Leaves with 0 where training is at its end, with AGAIN where it is not."""
         return self.words("launch.finished")
@@ -55,10 +65,13 @@ def run(main: Callable[[Sequence[str]], int | None]) -> int:
 
 
 def command() -> Command:
-    """What stands behind `--` on the command line."""
+    """What stands behind `--` on the command line. Raises UserError for anything but a training in folders."""
     match sys.argv[sys.argv.index("--") + 1 :] if "--" in sys.argv else []:
         case [python, "-m", "launch.train", *rest]:
-            return Command(python, tuple(rest))
+            found = Command(python, tuple(rest))
+            for flag in ("workdir", "config.data.root"):  # before there are machines, which cost
+                refuse_address(f"--{flag}", found.value(flag))
+            return found
         case []:
             raise UserError("there is nothing to run: end with -- python -m launch.train --config=... --workdir=...")
         case other:

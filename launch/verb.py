@@ -26,10 +26,11 @@ from typing import Any
 import ml_collections
 from absl import flags, logging
 
-from tmljax.config import Experiment, UserError, from_config_dict, nearest
+from tmljax.config import Experiment, UserError, from_config_dict, nearest, refuse_address
 
 MISTAKE = "TMLJAX_MISTAKE"  # names a file to make, for whoever cannot see this process's exit code (slurm.sh)
 OVERRIDE = re.compile(r"--?config\.(?P<field>[^=]+)(=(?P<value>.*))?", re.DOTALL)
+WRITTEN = ("workdir", "output", "json", "pictures", "trace")  # flags of any verb that name a folder or a file to write
 MISTAKES = {
     errno.ENOSPC,
     errno.EDQUOT,
@@ -158,7 +159,8 @@ def complain(message: str) -> int:
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
-    """Returns the name of the program. Raises UserError for unknown flags, impossible values and what is no flag."""
+    """Returns the name of the program. Raises UserError for unknown flags, impossible values, addresses in place of
+    folders, and what is no flag."""
     try:
         program, *rest = flags.FLAGS(argv)
     except flags.Error as e:
@@ -168,6 +170,9 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         raise UserError(f"{str(e).removeprefix('flag ')}; see --help") from None
     if rest:
         raise UserError(f"{rest[0]!r} is not a flag; see --help")
+    for name in WRITTEN:
+        if name in flags.FLAGS:
+            refuse_address(f"--{name}", flags.FLAGS[name].value)
     return [program]
 
 

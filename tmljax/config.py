@@ -310,6 +310,7 @@ def validate(experiment: Experiment) -> None:
         data.name not in ("", ".", "..") and "/" not in data.name,
         f"config.data.name={data.name!r} must be a name without a path; config.data.root is the folder it lies in",
     )
+    refuse_address("config.data.root", data.root)
     _require(stream.frames_per_slot in (1, 2, 4, 8), "config.stream.frames_per_slot must be 1, 2, 4 or 8")
     for name in ("video_height", "video_width"):
         size = getattr(stream, name)
@@ -336,6 +337,14 @@ def validate(experiment: Experiment) -> None:
     _require(
         data.batch % accumulate == 0,
         f"config.data.batch={data.batch} must be a multiple of config.optimizer.accumulate={accumulate}",
+    )
+
+
+def refuse_address(name: str, path: str | None) -> None:
+    """Raises UserError for gs://bucket/folder, say, which would become the local folder ./gs:/bucket/folder."""
+    _require(
+        "://" not in (path or ""),
+        f"{name}={path} is an address; mount the bucket, with gcsfuse say, and name the folder",
     )
 
 

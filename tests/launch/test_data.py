@@ -49,6 +49,7 @@ def test_a_mistake_is_one_line_and_exit_2(tmp_path):
     for mistake, said in (
         (["config.data.train_hours=1"], "'config.data.train_hours=1' is not a flag"),
         (["--runner=beam", "--beam_options=--name='x"], "--beam_options=--name='x is no list of words"),
+        (["--config.data.root=gs://bucket/data"], "config.data.root=gs://bucket/data is an address; mount the"),
         (["--beam_options=--streaming"], "--beam_options is for --runner=beam"),
     ):
         done = run("--config=configs/smoke.py", f"--config.data.root={tmp_path}", *mistake)

@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from launch import tpu_vm
+from launch.starter import Command
 from tests.launch.fakes import (
     ANSWER,
     FINISHED,
@@ -77,12 +78,19 @@ def test_what_it_is_and_what_is_wrong(starter, tmp_path):
     [
         ([], "end with -- python -m launch.train"),
         (["--", "make", "coffee"], "not make coffee"),
+        (["--", *TRAIN, "--workdir", "gs://bucket/run"], "--workdir=gs://bucket/run is an address"),
+        (["--", *TRAIN, "--config.data.root=gs://bucket"], "--config.data.root=gs://bucket is an address; mount the "),
         (["--nods=3", "--", *TRAIN], "nods"),
         (["stray", "--", *TRAIN], "'stray' is not a flag"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line(tmp_path, words, complaint):
     refuses(Fakes(tmp_path).start("ssh", *STARTERS["ssh"], *words), complaint)
+
+
+def test_the_last_value_of_a_flag_of_the_command_counts():
+    told = Command("python", ("--a=1", "--config.b", "2", "--a", "3", "--aa=4", "--c"))
+    assert [told.value(flag) for flag in ("a", "config.b", "aa", "c", "d", "2")] == ["3", "2", "4", None, None, None]
 
 
 def test_a_dry_run_calls_nothing_and_prints_what_a_shell_would_take(fakes):
@@ -409,6 +417,7 @@ def test_finished_agrees_with_the_checkpoints_of_a_training(tmp_path):
     assert f"step {checkpoint.steps(tmp_path)[-1]} of" in done.stdout
     refuses(fakes.start("finished", "--config=configs/smok.py", "--workdir=x"), "smoke.py?")
     refuses(fakes.start("finished", "--config=configs/smoke.py", "--workdir=x", "y"), "'y' is not a flag")
+    refuses(fakes.start("finished", "--config=configs/smoke.py", "--workdir=gs://bucket/x"), "is an address; mount")
     lone = ["--config=configs/smoke.py", "--workdir=x", "--config.train.steps"]
     refuses(fakes.start("finished", *lone), "--config.train.steps needs a value")
 

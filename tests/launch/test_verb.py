@@ -99,6 +99,8 @@ def test_none_and_whole_groups_can_be_given(own_flags, config_file):
         (["--config.optimizer.name=sgd"], "config.optimizer.name='sgd' must be one of 'adamw', 'muon'"),
         (["--config.model.d_model"], "--config.model.d_model needs a value"),
         (["config.model.d_model=64"], "'config.model.d_model=64' is not a flag; see --help"),
+        (["--workdir=gs://bucket/run"], "--workdir=gs://bucket/run is an address; mount the bucket, with gcsfuse say"),
+        (["--config.data.root=s3://bucket"], "config.data.root=s3://bucket is an address; mount the bucket"),
         (["--wrkdir=x"], "Unknown command line flag 'wrkdir'. Did you mean: workdir ?"),
     ],
 )
@@ -109,6 +111,15 @@ def test_a_mistake_is_one_line_and_exit_2(own_flags, config_file, capfd, argumen
     assert len(err.splitlines()) == 1
     assert err.startswith("error: ")
     assert said in err
+
+
+@pytest.mark.parametrize("name", ["workdir", "output", "json", "pictures", "trace"])
+def test_what_is_written_goes_to_no_address(no_flags, capfd, name):
+    """A local folder ./gs: would be made of it."""
+    flags.DEFINE_string(name, None, "where it goes")
+    assert run(f"--{name}=file:///there", main=lambda _: pytest.fail("it ran")) == 2
+    assert capfd.readouterr().err.startswith(f"error: --{name}=file:///there is an address; mount the bucket, ")
+    assert run(f"--{name}=there/a:b") == 0
 
 
 def test_a_missing_flag_is_named(own_flags, config_file, capfd):
