@@ -1,6 +1,6 @@
 """Trains on the nodes of a SLURM cluster, one process each: submits launch/slurm.sh.
 
-    python -m launch.slurm --nodes=4 --sbatch="--partition=gpu --gpus-per-node=8 --time=24:00:00" \\
+    python -m launch.slurm --nodes=4 --sbatch="--partition=gpu --gpus-per-node=4 --time=24:00:00" \\
         -- python -m launch.train --config=configs/demo.py --workdir=/shared/runs/demo
 
 Run it where the repository lies on a disk that all nodes see; the workdir and config.data.root must lie on one too.

@@ -5,6 +5,7 @@ Far sides are run here by a fake ssh or gcloud, so that a flag with spaces and q
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import tpu_vm
+from launch import tpu_vm, verb
 from launch.starter import Command
 from tests.launch.fakes import (
     ANSWER,
@@ -38,7 +39,7 @@ from tests.launch.fakes import (
     train_calls,
     wait_for,
 )
-from tmljax import checkpoint
+from tmljax import checkpoint, sharding
 
 PROGRAM = {"slurm": "sbatch", "gke": "kubectl", "tpu_vm": "gcloud", "ssh": "ssh"}
 
@@ -71,6 +72,17 @@ def test_what_it_is_and_what_is_wrong(starter, tmp_path):
     assert PROGRAM[starter] in dry.stdout
     refuses(nothing.start(starter, *STARTERS[starter], "--", *TRAIN), f"{PROGRAM[starter]} is not installed here")
     refuses(nothing.start(starter, "--", *TRAIN), "is missing")
+
+
+@pytest.mark.parametrize(
+    ("starter", "devices"),
+    [("slurm", r"--nodes=(\d+) .*--gpus-per-node=(\d+)"), ("gke", r"--hosts=(\d+) --resource=google.com/tpu:(\d+)")],
+)
+def test_the_batch_of_the_example_divides_over_its_devices(starter, devices):
+    example = importlib.import_module(f"launch.{starter}").__doc__
+    hosts, each = map(int, re.search(devices, example).groups())
+    experiment = verb.load_experiment(re.search(r"--config=(\S+)", example)[1])
+    sharding.check_sizes(experiment, sharding.fill(experiment.mesh, hosts * each))
 
 
 @pytest.mark.parametrize(
