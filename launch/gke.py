@@ -4,10 +4,14 @@
         --node=cloud.google.com/gke-tpu-accelerator=tpu-v5p-slice --node=cloud.google.com/gke-tpu-topology=2x2x4 \\
         --claim=shared:/mnt/shared -- python -m launch.train --config=configs/demo.py --workdir=/mnt/shared/demo
 
-The image has this repository as its working directory, installed with the extra for its accelerator. The workdir and
-config.data.root lie on a volume that all pods see (--claim). A pod that is evicted gets SIGTERM: the training saves,
-and all pods are started again and go on, which does not count; a training that fails counts as one of --restarts.
---dry-run prints the manifest.
+The image has this repository as its working directory, installed with the extra for its accelerator, as
+launch/Dockerfile makes it:
+
+    git archive HEAD | docker build --file=launch/Dockerfile --tag=REGISTRY/tmljax -
+
+The workdir and config.data.root lie on a volume that all pods see (--claim). A pod that is evicted gets SIGTERM: the
+training saves, and all pods are started again and go on, which does not count; a training that fails counts as one of
+--restarts. --dry-run prints the manifest.
 """
 
 from __future__ import annotations
@@ -32,9 +36,14 @@ SHARED_MEMORY = ("memory", "/dev/shm")  # batches come from data workers through
 
 def define_flags() -> None:
     flags.DEFINE_string("name", None, "of the job set", required=True)
-    flags.DEFINE_string("image", None, "container image that holds this repository, installed", required=True)
+    flags.DEFINE_string("image", None, "container image of this repository, by launch/Dockerfile say", required=True)
     flags.DEFINE_integer("hosts", None, "pods of a slice", required=True, lower_bound=1)
-    flags.DEFINE_integer("slices", 1, "slices, joined by the data center's network", lower_bound=1)
+    flags.DEFINE_integer(
+        "slices",
+        1,
+        "slices, joined by the data center's network; of TPUs, the training needs --config.mesh.slices=SLICES then",
+        lower_bound=1,
+    )
     flags.DEFINE_multi_string("resource", [], "what each pod gets, as NAME:AMOUNT; google.com/tpu:4, memory:400Gi")
     flags.DEFINE_multi_string("node", [], "label that the nodes must have, as NAME=VALUE")
     flags.DEFINE_multi_string("claim", [], "volume that all pods see, as CLAIM:/MOUNT")
@@ -73,6 +82,7 @@ def main(argv: Sequence[str]) -> int:
         given.grace,
         given.restarts,
     )
+    check_slices(job, command)
     text = yaml.safe_dump(manifest(job, command), sort_keys=False, width=120)
     where = [f"--namespace={given.namespace}"] if given.namespace else []
     if given["dry-run"].value:
@@ -96,6 +106,19 @@ def pairs(flag: str, between: str, right: str = "VALUE") -> dict[str, str]:
             raise UserError(f"--{flag}={item} must be NAME{between}{right}")
         found[name] = value
     return found
+
+
+def check_slices(job: Job, command: starter.Command) -> None:
+    """Raises UserError where the mesh of the training has another number of slices, which all pods would end with.
+
+    GPUs form no slices of themselves: `tmljax.sharding.arrange` counts their processes.
+    """
+    known = command.value("config.mesh.slices")
+    if TPU in job.resources and job.slices > 1 and known != str(job.slices):
+        found = "is missing" if known is None else f"is {known}"
+        raise UserError(
+            f"--config.mesh.slices {found} behind --; with --slices={job.slices} add --config.mesh.slices={job.slices}"
+        )
 
 
 def manifest(job: Job, command: starter.Command) -> dict[str, Any]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import subprocess
+import tomllib
 from pathlib import Path
 
 import jsonschema
 import pytest
 import yaml
 
+from launch import gke as gke_starter
 from tests.launch.fakes import ANSWER, PYTHON, ROOT, STARTERS, TRAIN, Fakes, refuses, wait_for
 
 
@@ -18,10 +20,10 @@ def fakes(tmp_path):
     return Fakes(tmp_path, python=PYTHON)
 
 
-def gke(*more):
+def gke(*more, train=()):
     resources = ["--resource=google.com/tpu:4", "--resource=memory:400Gi"]
     where = ["--node=cloud.google.com/gke-tpu-topology=2x2x2", "--claim=shared:/mnt/shared"]
-    return ("gke", *STARTERS["gke"], *resources, *where, *more, "--", *TRAIN)
+    return ("gke", *STARTERS["gke"], *resources, *where, *more, "--", *TRAIN, *train)
 
 
 KEEP = "open(here + '/manifest', 'w').write(sys.stdin.read())\n" + ANSWER
@@ -29,11 +31,12 @@ KEEP = "open(here + '/manifest', 'w').write(sys.stdin.read())\n" + ANSWER
 
 def test_the_manifest_keeps_to_the_schema_and_is_what_kubectl_gets(tmp_path):
     fakes = Fakes(tmp_path, kubectl=KEEP)
-    done = fakes.start(*gke("--slices=3", "--namespace=ml"))
+    slices = ["--config.mesh.slices=3"]
+    done = fakes.start(*gke("--slices=3", "--namespace=ml", train=slices))
     assert done.returncode == 0, done.stderr
     (call,) = fakes.calls("kubectl")
     assert call["argv"] == ["--namespace=ml", "create", "--filename=-"]
-    dry = fakes.start(*gke("--slices=3", "--namespace=ml", "--dry-run"))
+    dry = fakes.start(*gke("--slices=3", "--namespace=ml", "--dry-run", train=slices))
     found = yaml.safe_load((tmp_path / "manifest").read_text())
     assert yaml.safe_load(dry.stdout) == found
     schema = json.loads((Path(__file__).with_name("jobset.schema.json")).read_text())
@@ -45,7 +48,7 @@ def test_the_manifest_keeps_to_the_schema_and_is_what_kubectl_gets(tmp_path):
     told = {item["name"]: item.get("value") for item in container["env"]}
     assert told["JAX_NUM_PROCESSES"] == "6"
     assert told["JAX_COORDINATOR_ADDRESS"] == "demo-host-0-0.demo:8476"
-    assert [word.replace("$$", "$") for word in container["command"]] == ["bash", "launch/pod.sh", "2", *TRAIN]
+    assert [word.replace("$$", "$") for word in container["command"]] == ["bash", "launch/pod.sh", "2", *TRAIN, *slices]
     assert not any("$" in word.replace("$$", "") for word in container["command"])  # Kubernetes expands what is single
 
 
@@ -68,6 +71,35 @@ def test_the_schema_sees_what_is_wrong(tmp_path):
 )
 def test_gke_refuses_what_kubernetes_would(tmp_path, flag, complaint):
     refuses(Fakes(tmp_path).start(*gke(flag, "--dry-run")), complaint)
+
+
+@pytest.mark.parametrize(
+    ("train", "found"),
+    [
+        ([], "--config.mesh.slices is missing behind --"),
+        (["--config.mesh.slices=4", "--config.mesh.slices", "2"], "--config.mesh.slices is 2 behind --"),
+    ],
+)
+def test_slices_that_the_mesh_does_not_know_of_are_refused(tmp_path, train, found):
+    done = Fakes(tmp_path).start(*gke("--slices=4", "--dry-run", train=train))
+    refuses(done, f"{found}; with --slices=4 add --config.mesh.slices=4")
+
+
+def test_groups_of_gpu_nodes_may_be_one_mesh(fakes):
+    nodes = ["--hosts=1", "--slices=4", "--resource=nvidia.com/gpu:8", "--dry-run"]
+    done = fakes.start("gke", *STARTERS["gke"], *nodes, "--", *TRAIN)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_image_is_of_what_the_repository_has():
+    lines = (ROOT / "launch" / "Dockerfile").read_text().splitlines()
+    said = dict(line.split(" ", 1) for line in lines if not line.startswith("#"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    argument, extra = said["ARG"].split("=")
+    assert extra in project["optional-dependencies"]
+    assert said["RUN"].endswith(f'--constraint constraints.txt --editable ".[${argument}]"')
+    assert "--file=launch/Dockerfile" in lines[1]
+    assert lines[1].lstrip("# ") in gke_starter.__doc__
 
 
 @pytest.mark.parametrize(("train", "finished", "expected"), [(0, 0, 0), (0, 75, 75), (7, 0, 7), (2, 0, 2)])
