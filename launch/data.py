@@ -4,7 +4,7 @@ Renders synthetic conversations on all cores, and imports the recordings that co
 interrupted and run again, and does nothing where the dataset is already there. --runner=beam renders on the workers of
 Apache Beam, which must see config.data.root:
 
-    python -m launch.data --config=configs/demo.py --config.data.root=/shared/data --runner=beam \
+    python -m launch.data --config=configs/demo.py --config.data.root=/shared/data --runner=beam \\
         --beam_options="--runner=FlinkRunner --flink_master=HOST:8081 --environment_type=LOOPBACK"
 """
 

@@ -4,9 +4,10 @@
 
 COMMAND is what would run on one machine, `python -m launch.train --config=... --workdir=...` say. Each host has CPU
 devices of its own and finds the others over a free port. What they print is prefixed by the host. When one fails, or
-hangs, all are ended, and started again as often as --max-restarts allows: training goes on from its last checkpoint.
-Ctrl-C and SIGTERM are handed on to every host, which save and leave; Ctrl-C again ends them at once. However this
-program ends, no host outlives it.
+hangs, all are ended, and started again as often as --max-restarts allows, which is never by default: training goes on
+from its last checkpoint. Ctrl-C and SIGTERM are handed on to every host, which save and leave; Ctrl-C again ends them
+at once. Hosts that saved and left, because one of them got SIGTERM say, succeeded: the run ends with 0, and the same
+command goes on from there. However this program ends, no host outlives it.
 
 Exit code: 0 when all hosts succeeded, 2 for a mistake that starting again would not mend, 124 when a host hung, 130
 after Ctrl-C, else that of the host which failed first, 128 + n for one that signal n ended.
@@ -46,7 +47,9 @@ GUARD = ("sh", "-c", "read _; kill -KILL 0")  # ends its process group when the 
 def define_flags() -> None:
     flags.DEFINE_integer("hosts", None, "processes to start", required=True, lower_bound=1)
     flags.DEFINE_integer("devices-per-host", 1, "simulated CPU devices of each", lower_bound=1)
-    flags.DEFINE_integer("max-restarts", 0, "how often all are started again after a failure", lower_bound=0)
+    flags.DEFINE_integer(
+        "max-restarts", 0, "how often all are started again after a failure; with 0 one ends the run", lower_bound=0
+    )
     flags.DEFINE_float(
         "hang-seconds",
         300.0,

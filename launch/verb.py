@@ -206,7 +206,8 @@ def help_text(main: Callable[..., Any]) -> str:
     for name in sorted(flags.FLAGS):
         flag = flags.FLAGS[name]
         if flags.FLAGS.find_module_defining_flag(name) in (sys.argv[0], module.__name__, __name__):
-            default = f" (default: {flag.default_as_str})" if flag.default not in (None, [], False) else ""
+            told = flag.default not in (None, []) and flag.default is not False  # 0 is told
+            default = f" (default: {flag.default_as_str})" if told else ""
             lines.append(f"  --{name}: {flag.help}{default}")
     return "\n".join(lines)
 

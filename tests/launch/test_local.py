@@ -41,6 +41,13 @@ def test_each_line_says_whose_it_is_and_hosts_differ_only_by_their_number(capfd,
     assert sorted(err.splitlines()) == ["host 0 | bad", "host 1 | bad", "host 2 | bad"]
 
 
+def test_help_says_that_nothing_is_started_again_by_default():
+    helped = subprocess.run([sys.executable, "-m", "launch.local", "--help"], capture_output=True, text=True)
+    (line,) = (line for line in helped.stdout.splitlines() if line.startswith("  --max-restarts"))
+    assert line.endswith("; with 0 one ends the run (default: '0')")
+    assert "because one of them got SIGTERM say, succeeded: the run ends with 0" in " ".join(helped.stdout.split())
+
+
 def test_of_a_progress_bar_a_state_now_and_then(capfd):
     code = "sys.stderr.write(''.join(f'\\r{n}' for n in range(1000)) + '\\nend\\n')"
     assert supervise(code, hosts=1) == 0

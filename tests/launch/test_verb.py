@@ -1,10 +1,12 @@
 """A verb ends in one clear line, and takes any field of the config."""
 
+import ast
 import os
 import re
 import signal
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -185,6 +187,24 @@ def test_help_names_the_flags_and_exits_0(own_flags, capfd):
     assert __doc__ in out
     assert "--config: config file" in out
     assert "--workdir: where it goes" in out
+
+
+def test_help_names_a_default_of_0_too(own_flags, capfd):
+    flags.DEFINE_integer("restarts", 0, "how often", flag_values=own_flags)
+    flags.DEFINE_bool("dry-run", False, "only print", flag_values=own_flags)
+    assert run("--help") == 0
+    out = capfd.readouterr().out
+    assert "--restarts: how often (default: '0')\n" in out
+    assert "--dry-run: only print\n" in out
+
+
+@pytest.mark.parametrize("path", sorted(Path(verb.__file__).parent.glob("*.py")), ids=lambda path: path.stem)
+def test_the_lines_of_an_example_are_joined_by_the_shell_alone(path):
+    lines = (ast.get_docstring(ast.parse(path.read_text()), clean=False) or "").splitlines()
+    for line, after in pairwise((*lines, "")):
+        if line.startswith("    ") and after.startswith("        "):
+            assert line.endswith("\\"), f"{path.name}: {line}"
+        assert len(line) <= 120, f"{path.name}: {line}"
 
 
 def raising(error):
