@@ -122,10 +122,10 @@ def run(
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see launch/__init__.py
         signal.signal(signal.SIGINT, signal.default_int_handler)
     argv = list(sys.argv if argv is None else argv)
-    if {"--help", "-h", "-help", "--helpfull", "--helpshort"} & set(argv[1:]):
-        print(help_text(main))
-        return 0
     try:
+        if {"--help", "-h", "-help", "--helpfull", "--helpshort"} & set(argv[1:]):
+            print(help_text(main), flush=True)
+            return 0
         return main(parse_flags(keep(rewrite_overrides(argv)))) or 0
     except UserError as e:
         return complain(str(e))

@@ -259,6 +259,15 @@ def test_a_closed_pipe_is_no_error():
         assert (process.wait(60), process.stderr.read()) == (141, b"")
 
 
+def test_help_that_nobody_reads_is_no_error_either():
+    read, write = os.pipe()
+    os.close(read)
+    program = "import sys\nfrom launch import verb\ndef main(argv): 'Help.'\nsys.exit(verb.run(main, ['it', '--help']))"
+    done = subprocess.run([sys.executable, "-c", program], stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
 def test_a_pipe_to_somebody_else_that_breaks_is_no_quiet_end():
     """As of a worker that was killed."""
 
