@@ -109,15 +109,16 @@ def pairs(flag: str, between: str, right: str = "VALUE") -> dict[str, str]:
 
 
 def check_slices(job: Job, command: starter.Command) -> None:
-    """Raises UserError where the mesh of the training has another number of slices, which all pods would end with.
+    """Raises UserError where the flags of the training give its mesh another number of slices, which all pods would end
+    with.
 
     GPUs form no slices of themselves: `tmljax.sharding.arrange` counts their processes.
     """
     known = command.value("config.mesh.slices")
-    if TPU in job.resources and job.slices > 1 and known != str(job.slices):
+    if TPU in job.resources and (known or "1") != str(job.slices):
         found = "is missing" if known is None else f"is {known}"
         raise UserError(
-            f"--config.mesh.slices {found} behind --; with --slices={job.slices} add --config.mesh.slices={job.slices}"
+            f"--config.mesh.slices {found} behind --; with --slices={job.slices} give --config.mesh.slices={job.slices}"
         )
 
 

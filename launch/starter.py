@@ -46,12 +46,16 @@ class Command(NamedTuple):
         return [self.python, "-m", module, *self.flags]
 
     def value(self, flag: str) -> str | None:
-        """Of --FLAG=VALUE or --FLAG VALUE, the last of them; None where there is none."""
-        found = None
+        """Of --FLAG=VALUE or --FLAG VALUE, the last of them; None where there is none. For a field of the config,
+        config.GROUP.FIELD, --config_field=GROUP.FIELD=VALUE is the same."""
+        field, found = flag.removeprefix("config."), None
         for word, after in pairwise((*self.flags, None)):
             name, equals, value = word.lstrip("-").partition("=")
+            value = value if equals else after or ""
+            if name == "config_field" and field != flag:
+                name, _, value = f"config.{value}".partition("=")
             if word.startswith("-") and name == flag:
-                found = value if equals else after
+                found = value
         return found
 
     def finished(self) -> list[str]:
@@ -65,7 +69,8 @@ def run(main: Callable[[Sequence[str]], int | None]) -> int:
 
 
 def command() -> Command:
-    """What stands behind `--` on the command line. Raises UserError for anything but a training in folders."""
+    """What stands behind `--` on the command line. Raises UserError for anything but a training, and for addresses in
+    place of its folders."""
     match sys.argv[sys.argv.index("--") + 1 :] if "--" in sys.argv else []:
         case [python, "-m", "launch.train", *rest]:
             found = Command(python, tuple(rest))

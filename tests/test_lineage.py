@@ -86,6 +86,14 @@ def test_where_the_tiles_of_the_matmul_decide_what_is_dropped_it_stays(tmp_path)
         lineage.keep_config(tmp_path, with_experts(matmul="grouped", **moe))
 
 
+@pytest.mark.parametrize("matmul", ["ragged", "blocks"])
+def test_a_matmul_of_the_same_tiles_drops_the_same(tmp_path, matmul):
+    """So that what began on H100s goes on where there are none."""
+    moe = {"exchange": "gathered", "capacity_factor": 1.1}
+    train(tmp_path, with_experts(matmul="hopper", **moe))
+    lineage.keep_config(tmp_path, with_experts(matmul=matmul, **moe))
+
+
 def test_the_exchange_may_change_where_nothing_is_dropped(tmp_path):
     train(tmp_path, with_experts(exchange="padded"))
     lineage.keep_config(tmp_path, with_experts(exchange="gathered"))

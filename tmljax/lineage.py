@@ -9,10 +9,11 @@ from typing import Any
 
 from tmljax import checkpoint, cluster, config, files
 from tmljax.config import Experiment, UserError
+from tmljax.model.block import tile_rows
 
 CONFIG = "config.json"
 # What a resumed run may change: how long (which moves the end of the schedule), how often and where, how the same
-# numbers are computed (but for `dropping`), and what is for serving alone.
+# numbers are computed (but see `is_free`), and what is for serving alone.
 FREE = (
     *("train.steps", "train.log_every", "train.save_every", "train.keep", "train.eval_every", "train.eval_batches"),
     *("data.root", "data.workers", "model.remat", "model.attention", "model.flow.steps", "model.flow.temperature"),
@@ -32,7 +33,7 @@ def keep_config(workdir: str | Path, experiment: Experiment) -> None:
         changed = [
             f"config.{name} was {old!r}, now {new!r}"
             for name, old, new in differences(before, dataclasses.asdict(experiment))
-            if not is_free(name, experiment)
+            if not is_free(name, old, experiment.model.moe)
         ]
         if changed:
             raise UserError(
@@ -57,18 +58,17 @@ def read_config(path: Path) -> dict[str, Any]:
     return tree
 
 
-def is_free(name: str, experiment: Experiment) -> bool:
-    return (name in FREE or name.startswith(FREE_GROUPS)) and name not in dropping(experiment.model.moe)
+def is_free(name: str, old: Any, moe: config.Moe) -> bool:
+    """Whether it may be other than `old`, as it is among the experts' settings `moe` say.
 
-
-def dropping(moe: config.Moe) -> tuple[str, ...]:
-    """What decides which assignments find no room, beside the mesh: with a capacity another one may drop others too,
-    but a run must be able to go on with what hardware there is."""
-    if moe.capacity_factor is None:
-        return ()
-    if moe.exchange == "gathered":  # its room is in whole tiles of the matmul
-        return ("model.moe.exchange", "model.moe.matmul")
-    return ("model.moe.exchange",)
+    With a capacity another exchange drops other assignments, and where positions are gathered another tile too. So may
+    another mesh, but a run must be able to go on with what hardware there is.
+    """
+    if moe.capacity_factor is not None and name == "model.moe.exchange":
+        return False
+    if moe.capacity_factor is not None and name == "model.moe.matmul" and moe.exchange == "gathered":
+        return tile_rows(dataclasses.replace(moe, matmul=old)) == tile_rows(moe)
+    return name in FREE or name.startswith(FREE_GROUPS)
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:

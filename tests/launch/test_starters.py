@@ -102,7 +102,11 @@ def test_a_mistake_on_the_command_line_is_one_line(tmp_path, words, complaint):
 
 def test_the_last_value_of_a_flag_of_the_command_counts():
     told = Command("python", ("--a=1", "--config.b", "2", "--a", "3", "--aa=4", "--c"))
-    assert [told.value(flag) for flag in ("a", "config.b", "aa", "c", "d", "2")] == ["3", "2", "4", None, None, None]
+    assert [told.value(flag) for flag in ("a", "config.b", "aa", "c", "d", "2")] == ["3", "2", "4", "", None, None]
+    told = Command(
+        "python", ("--config.a.b=1", "--config_field=a.b=2", "--config_field", "a.c=3", "-config_field=d=e=4")
+    )
+    assert [told.value(f"config.{flag}") for flag in ("a.b", "a.c", "d", "a")] == ["2", "3", "e=4", None]
 
 
 def test_a_dry_run_calls_nothing_and_prints_what_a_shell_would_take(fakes):

@@ -1,8 +1,11 @@
 """Times against arithmetic done by hand."""
 
 import contextlib
+import math
+from collections import Counter
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from tmljax import config
@@ -40,24 +43,27 @@ def test_an_exchange_is_as_fast_as_the_middle_of_the_ring():
 
 
 @pytest.mark.parametrize("ring", [True, False])
-@pytest.mark.parametrize("members", [2, 5, 8])
-def test_a_shift_crosses_as_many_links_as_there_are_messages_on_the_busiest(members, ring):
-    """Message by message, each the shorter way round where there are two."""
-    for shift in range(1, members):
-        load = dict[tuple[int, int], int]()
-        for sender in range(members - shift):
-            forward = not ring or shift <= members / 2
-            for hop in range(shift if forward else members - shift):
-                at = (sender + hop if forward else sender - hop) % members
-                load[at, forward] = load.get((at, forward), 0) + 1
-        assert hops_of(shift, (Run(members, ring),)) == max(load.values())
+@pytest.mark.parametrize("sizes", [(2,), (5,), (8,), (4, 8), (8, 8), (2, 4, 4)], ids=str)
+def test_a_shift_crosses_as_many_links_as_there_are_messages_on_the_busiest(sizes, ring):
+    """Message by message, one dim after another, each the shorter way round where there are two."""
+    runs = [Run(size, ring) for size in sizes]
+    for shift in range(1, math.prod(sizes)):
+        load = Counter[tuple]()
+        for sender in range(math.prod(sizes) - shift):
+            at, end = (list(map(int, np.unravel_index(device, sizes))) for device in (sender, sender + shift))
+            for dim, size in enumerate(sizes):
+                way = (end[dim] - at[dim]) % size if ring else end[dim] - at[dim]
+                way = way - size if ring and way > size / 2 else way
+                for _ in range(abs(way)):
+                    load[dim, *at, way > 0] += 1
+                    at[dim] = (at[dim] + (1 if way > 0 else -1)) % size
+        assert hops_of(shift, runs) == max(load.values())
 
 
 def test_a_shift_goes_over_one_link_at_a_time():
     """The fourth before: a gigabyte from each of four passes the middle, one way."""
     shift = Traffic("context", "collective-permute", 1e9, 1.0, hops=hops_of(4, RING))
     assert collective_seconds(shift, 8, RING, V5P) == pytest.approx(4e9 / 90e9)
-    assert hops_of(9, (Run(4, True), Run(8, True))) == 1  # a step along each
     h200 = find_slice("h200:2x4")
     inside, across = (Run(4, True), Run(1, False)), (Run(1, True), Run(2, False))
     assert collective_seconds(shift, 4, inside, h200) == pytest.approx(1e9 / CHIPS["h200"].link)

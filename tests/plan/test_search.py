@@ -122,8 +122,9 @@ def test_what_the_compiler_refuses_ends_no_search(small):
     def refuse(setting):
         too_large("vmem", 1.0)
 
-    with pytest.raises(UserError, match=r"refuses this step \(vmem\)"):
-        search(small, WHERE, refuse, 60, said.append)
+    for seconds in (60, 0):  # all are tried, or one
+        with pytest.raises(UserError, match=r"refuses this step \(vmem\)"):
+            search(small, WHERE, refuse, seconds, said.append)
 
 
 def test_a_program_refused_for_its_size_has_sizes():

@@ -131,7 +131,7 @@ def gather_traffic(compiled: Compiled, setting: Setting) -> list[Traffic]:
 
     One that runs beside products waits for as long as it takes longer than they do.
     """
-    sums: dict[tuple[str, str, int, bool], list[float]] = {}
+    sums: dict[tuple[str, str, bool], list[float]] = {}
     where, kernels = setting.where, by_work.kernel_flops(setting)
     for c in compiled.program.collectives(kernels) if compiled.program else ():
         axis = axis_of(c.members, setting.axes)
@@ -141,11 +141,12 @@ def gather_traffic(compiled: Compiled, setting: Setting) -> list[Traffic]:
         alone = traffic_seconds(Traffic(axis, c.operation, c.bytes, 1.0, hops=hops), where, setting.axes)
         waits = max(0.0, 1 - product_seconds(c.beside, where.chip) / alone)
         size = c.bytes * c.times
-        entry = sums.setdefault((axis, c.operation, hops, waits > 0), [0.0, 0.0, 0.0])
-        entry[:] = (total + more for total, more in zip(entry, (size, size * waits, c.times), strict=True))
+        entry = sums.setdefault((axis, c.operation, waits > 0), [0.0, 0.0, 0.0, 0.0])
+        more = (size, size * waits, c.times, size * hops)
+        entry[:] = (total + one for total, one in zip(entry, more, strict=True))
     return [
-        Traffic(axis, operation, size, waiting / size, count, hops)
-        for (axis, operation, hops, _), (size, waiting, count) in sums.items()
+        Traffic(axis, operation, size, waiting / size, count, hopped / size)
+        for (axis, operation, _), (size, waiting, count, hopped) in sums.items()
     ]
 
 

@@ -24,7 +24,7 @@ class Traffic(NamedTuple):
     bytes: float  # of the whole result (of the operand of a reduction), over the step
     waits: float  # the share of its time in which no product runs: 1 where the program stands still for it
     count: float = 1
-    hops: float = 1  # of a collective-permute: links in a row that carry each byte (`hops_of`)
+    hops: float = 1  # of a collective-permute: messages that the busiest link carries (`hops_of`)
 
 
 class Work(NamedTuple):
@@ -108,11 +108,12 @@ def shift_seconds(traffic: Traffic, runs: Sequence[Run], chip: Chip) -> float:
 def hops_of(shift: int, runs: Sequence[Run]) -> int:
     """The messages that the busiest link carries where each device sends to the one `shift` places on in the order of
     `runs`, the last of which varies fastest. For a shift by n along a run of m they are min(n, m - n): on a ring that
-    is the shorter way, and on a line there are no more senders."""
-    busiest = 1
+    is the shorter way, and on a line there are no more senders. Who leaves an inner run goes on by one in the outer."""
+    busiest, leaves = 1, False
     for run in reversed(runs):
         shift, along = divmod(shift, run.size)
-        busiest = max(busiest, min(along, run.size - along))
+        busiest = max(busiest, *(min(n % run.size, -n % run.size) for n in {along, along + leaves}))
+        leaves = leaves or along > 0
     return busiest
 
 

@@ -86,13 +86,13 @@ def search(
 
     Where the compiler finds more than the formula did, the next to be compiled are those with room for as much more;
     where none that was compiled fits, those come first, unconfirmed. What the compiler refuses for another reason than
-    its size is named and left out. Raises UserError where it refuses all.
+    its size is named and left out. Raises UserError where it refuses all that it was given.
     """
     ranked, since = candidates(experiment, where, **asked), time.monotonic()
     say(f"{len(ranked)} meshes and remat policies by formula; {sum(f.fits for f in ranked)} fit")
     if confirm is None:
         return ranked
-    confirmed, tried, longest, room = list[Forecast](), 0, 0.0, ROOM
+    confirmed, tried, longest, room, refusal = list[Forecast](), 0, 0.0, ROOM, None
     while ranked:
         left = seconds - (time.monotonic() - since)
         if tried and (left < 1.2 * longest or (len(confirmed) >= 3 and any(f.fits for f in confirmed))):
@@ -104,14 +104,15 @@ def search(
             confirmed.append(confirm(forecast.setting))
         except UserError as e:
             say(f"  {e}")
-            if not (confirmed or ranked):
-                raise
+            refusal = e
             continue
         finally:
             longest = max(longest, time.monotonic() - started)
         say(f"  {describe(confirmed[-1])}")
         room = max(room, 1 - forecast.memory.total / confirmed[-1].memory.total)
         ranked = rank(ranked, room)
+    if refusal is not None and not confirmed:
+        raise refusal
     hopeful = [] if any(f.fits for f in confirmed) else [f for f in ranked if f.spare >= room]
     if hopeful:
         say("none that was compiled fits; the first is by formula, with room for as much more as the compiler found")

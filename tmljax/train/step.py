@@ -35,8 +35,8 @@ class Routing(Protocol):
 # it is given, `batch` is a micro-batch.
 Objective = Callable[..., tuple[jax.Array, tuple[Metrics, Routing]]]
 
-# The same of one experiment, gradients by the first: (trained, routing, batch, key or None, whole).
-Lose = Objective
+# The same of one experiment: (trained parameters, routing biases, batch, key or None, whole).
+LossFn = Callable[[Any, Any, Batch, jax.Array | None, Batch | None], tuple[jax.Array, tuple[Metrics, Routing]]]
 
 
 class Program(NamedTuple):
@@ -55,43 +55,43 @@ def make_program(experiment: Experiment, definition: Definition, objective: Obje
     abstract = abstract_state(definition, optimizer, mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     options = compiler_options(mesh, cpu_level=2)
-    lose = bind(objective, definition, experiment, mesh)
+    loss_fn = bind(objective, definition, experiment, mesh)
     step = jax.jit(
-        partial(take_step, lose, optimizer, experiment),
+        partial(take_step, loss_fn, optimizer, experiment),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
         compiler_options=options,
     )
     evaluate = jax.jit(
-        partial(evaluate_batch, lose, experiment.optimizer.accumulate),
+        partial(evaluate_batch, loss_fn, experiment.optimizer.accumulate),
         out_shardings=replicated(mesh),
         compiler_options=options,
     )
     return Program(optimizer, abstract, step, evaluate)
 
 
-def bind(objective: Objective, definition: Definition, experiment: Experiment, mesh: Mesh) -> Lose:
+def bind(objective: Objective, definition: Definition, experiment: Experiment, mesh: Mesh) -> LossFn:
     """The objective as a function of what gradients train; without a key, that of held-out data."""
 
-    def lose(trained: Any, routing: Any, batch: Batch, key: jax.Array | None, whole: Batch | None) -> Any:
+    def loss_fn(trained: Any, routing: Any, batch: Batch, key: jax.Array | None, whole: Batch | None) -> Any:
         return objective(definition, join(trained, routing), batch, key, experiment.loss, mesh, whole)
 
-    return lose
+    return loss_fn
 
 
-def evaluate_batch(lose: Lose, micro_batches: int, params: Any, batch: Batch) -> Metrics:
+def evaluate_batch(loss_fn: LossFn, micro_batches: int, params: Any, batch: Batch) -> Metrics:
     """In micro-batches, as the step: what it has no room for at once evaluation may not have either."""
 
     def one(micro_batch: Batch, key: None, whole: Batch | None) -> tuple[Metrics, jax.Array]:
-        _, (metrics, report) = lose(*split(params), micro_batch, key, whole)
+        _, (metrics, report) = loss_fn(*split(params), micro_batch, key, whole)
         return metrics, report.dropped
 
-    metrics, dropped = add_up(one, micro_batches, batch, None)
+    metrics, dropped = sum_micro_batches(one, micro_batches, batch, None)
     return jax.tree.map(lambda x: x / micro_batches, metrics) | {"experts/dropped": dropped}
 
 
 def take_step(
-    lose: Lose,
+    loss_fn: LossFn,
     optimizer: optax.GradientTransformation,
     experiment: Experiment,
     state: State,
@@ -101,7 +101,7 @@ def take_step(
     config = experiment.optimizer
     trained, routing = split(state.params)
     key = jax.random.fold_in(jax.random.key(experiment.train.seed), state.step)
-    (loss, (metrics, load_LE, dropped)), grads = accumulate(lose, config.accumulate, trained, routing, batch, key)
+    (loss, (metrics, load_LE, dropped)), grads = accumulate(loss_fn, config.accumulate, trained, routing, batch, key)
 
     norm = optax.tree.norm(grads)
     clip = jnp.minimum(1.0, config.clip / jnp.maximum(norm, 1e-12))
@@ -128,21 +128,21 @@ def take_step(
 
 
 def accumulate(
-    lose: Lose, micro_batches: int, trained: Any, routing: Any, batch: Batch, key: jax.Array
+    loss_fn: LossFn, micro_batches: int, trained: Any, routing: Any, batch: Batch, key: jax.Array
 ) -> tuple[tuple[jax.Array, tuple[Metrics, jax.Array, jax.Array]], Any]:
     """((loss, (metrics, load_LE, dropped)), gradients): means over micro-batches, and the sum of what was dropped."""
-    differentiate = jax.value_and_grad(lose, has_aux=True)
+    differentiate = jax.value_and_grad(loss_fn, has_aux=True)
 
     def one(micro_batch: Batch, key: jax.Array, whole: Batch | None) -> Any:
         (loss, (metrics, report)), grads = differentiate(trained, routing, micro_batch, key, whole)
         return (loss, (metrics, report.load_LE, report.dropped)), grads
 
-    total = add_up(one, micro_batches, batch, key)
+    total = sum_micro_batches(one, micro_batches, batch, key)
     (loss, (metrics, load_LE, dropped)), grads = jax.tree.map(lambda x: x / micro_batches, total)
     return (loss, (metrics, load_LE, dropped * micro_batches)), grads
 
 
-def add_up(one: Callable[..., Any], micro_batches: int, batch: Batch, key: jax.Array | None) -> Any:
+def sum_micro_batches(one: Callable[..., Any], micro_batches: int, batch: Batch, key: jax.Array | None) -> Any:
     """The sum of `one` (micro-batch, a key of its own, whole batch) over micro-batches, one after another; of a batch
     that is not divided, `one` (batch, key, None)."""
     if micro_batches == 1:
