@@ -78,11 +78,17 @@ def test_gke_refuses_what_kubernetes_would(tmp_path, flag, complaint):
     [
         ([], "--config.mesh.slices is missing behind --"),
         (["--config.mesh.slices=4", "--config.mesh.slices", "2"], "--config.mesh.slices is 2 behind --"),
+        (["--config_field=mesh.slices=2"], "--config.mesh.slices is 2 behind --"),
     ],
 )
 def test_slices_that_the_mesh_does_not_know_of_are_refused(tmp_path, train, found):
     done = Fakes(tmp_path).start(*gke("--slices=4", "--dry-run", train=train))
-    refuses(done, f"{found}; with --slices=4 add --config.mesh.slices=4")
+    refuses(done, f"{found}; with --slices=4 give --config.mesh.slices=4")
+
+
+def test_a_mesh_of_more_slices_than_there_are_is_refused(tmp_path):
+    done = Fakes(tmp_path).start(*gke("--dry-run", train=["--config.mesh.slices=2"]))
+    refuses(done, "--config.mesh.slices is 2 behind --; with --slices=1 give --config.mesh.slices=1")
 
 
 def test_groups_of_gpu_nodes_may_be_one_mesh(fakes):
