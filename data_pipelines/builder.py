@@ -154,7 +154,12 @@ def refuse_another(experiment: Experiment) -> bool:
     path = home / "build.json"
     if not path.exists():
         return False
-    found = json.loads(path.read_text())
+    try:
+        found = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError):
+        raise UserError(
+            f"{path} is damaged; delete {home} and run the same command again, which builds it anew"
+        ) from None
     differing = [name for name in wanted if found.get(name) != wanted[name]]
     if differing:
         fields = ", ".join(

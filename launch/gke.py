@@ -19,6 +19,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 import yaml
@@ -83,6 +84,7 @@ def main(argv: Sequence[str]) -> int:
         given.restarts,
     )
     check_slices(job, command)
+    check_claims(job, command)
     text = yaml.safe_dump(manifest(job, command), sort_keys=False, width=120)
     where = [f"--namespace={given.namespace}"] if given.namespace else []
     if given["dry-run"].value:
@@ -120,6 +122,17 @@ def check_slices(job: Job, command: starter.Command) -> None:
         raise UserError(
             f"--config.mesh.slices {found} behind --; with --slices={job.slices} give --config.mesh.slices={job.slices}"
         )
+
+
+def check_claims(job: Job, command: starter.Command) -> None:
+    """Raises UserError where what must outlive a pod would lie on the pod's own disk."""
+    for flag in ("workdir", "config.data.root"):
+        path = command.value(flag)
+        mounts = [PurePosixPath(mount) for mount in job.claims.values()]
+        if path and not any(PurePosixPath(path).is_relative_to(mount) for mount in mounts):
+            raise UserError(
+                f"--{flag}={path} behind -- is on no volume that all pods see; mount one there: --claim=CLAIM:/MOUNT"
+            )
 
 
 def manifest(job: Job, command: starter.Command) -> dict[str, Any]:

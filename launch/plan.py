@@ -10,8 +10,8 @@ launch.train: --flagfile=DIR/best.flags. --what=tick says, by formula, how many 
 
 from __future__ import annotations
 
-import math
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -41,13 +41,12 @@ def define_flags() -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    for name in ("price", "tokens"):
-        if not math.isfinite(flags.FLAGS[name].value or 0):
-            raise UserError(f"--{name}={flags.FLAGS[name].value} must be a finite number")
     given = [name for name in ("search", "search_seconds", "price", "tokens", "method") if flags.FLAGS[name].present]
     if flags.FLAGS.what == "tick" and given:
         raise UserError(f"--{given[0]} is for the training step; leave it out, or --what=tick")
     verb.refuse_file("output")
+    if flags.FLAGS.output is not None:  # before minutes of compiling, not after
+        make_folder(Path(flags.FLAGS.output))
     experiment, where = verb.experiment(), find_slice(flags.FLAGS.topology)
     title = f"{Path(flags.FLAGS.config.partition('.py')[0]).name} on {where.name}"
     if flags.FLAGS.what == "tick":
@@ -59,6 +58,16 @@ def main(argv: Sequence[str]) -> int:
     print(report.to_text(report.to_lines(ranked[0])))
     save(title, ranked, None)
     return 0
+
+
+def make_folder(folder: Path) -> None:
+    """Raises UserError where nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as e:
+        raise UserError(f"--output={folder} cannot be written: {e.strerror}; name another folder") from None
 
 
 def plan(experiment: Experiment, where: Slice) -> list[Forecast]:

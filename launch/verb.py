@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import errno
 import importlib.util
+import math
 import operator
 import os
 import re
@@ -159,8 +160,8 @@ def complain(message: str) -> int:
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
-    """Returns the name of the program. Raises UserError for unknown flags, impossible values, addresses in place of
-    folders, and what is no flag."""
+    """Returns the name of the program. Raises UserError for unknown flags, impossible values, addresses and nothing in
+    place of folders, and what is no flag."""
     try:
         program, *rest = flags.FLAGS(argv)
     except flags.Error as e:
@@ -170,9 +171,14 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         raise UserError(f"{str(e).removeprefix('flag ')}; see --help") from None
     if rest:
         raise UserError(f"{rest[0]!r} is not a flag; see --help")
-    for name in WRITTEN:
-        if name in flags.FLAGS:
-            refuse_address(f"--{name}", flags.FLAGS[name].value)
+    for name in flags.FLAGS:
+        value = flags.FLAGS[name].value
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"--{name}={value} must be a finite number")
+        if name in WRITTEN:
+            refuse_address(f"--{name}", value)
+        if name in WRITTEN and value == "":
+            raise UserError(f"--{name} is empty, which would be this folder; name one, or a file")
     return [program]
 
 

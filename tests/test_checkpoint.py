@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -159,6 +160,18 @@ def test_storage_that_does_not_answer_costs_no_checkpoint(tmp_path, monkeypatch)
         with pytest.raises(UserError, match=r"checkpoint 2 of .* cannot be read at present") as e:
             act()
         assert "\n" not in str(e.value)
+    assert checkpoint.steps(tmp_path) == [1, 2]
+
+
+def test_what_may_not_be_read_is_not_damaged(tmp_path, monkeypatch):
+    """Root may read everything, so the system's answer is played; orbax finds nothing there, as it does then."""
+    save(tmp_path, (1, None), (2, None))
+    closed = tmp_path / checkpoint.FOLDER / "2" / "params"
+    real = storage.os.access
+    monkeypatch.setattr(storage.os, "access", lambda path, mode: Path(path) != closed and real(path, mode))
+    failing(monkeypatch, FileNotFoundError("Individual parameter subdirectory not found"), times=100)
+    with pytest.raises(UserError, match=r"checkpoint 2 of .* cannot be read at present .*/params may not be read"):
+        checkpoint.resume(tmp_path, *[as_target(part) for part in tree()])
     assert checkpoint.steps(tmp_path) == [1, 2]
 
 

@@ -105,6 +105,13 @@ def test_another_exchange_drops_others(tmp_path):
         lineage.keep_config(tmp_path, with_experts(exchange="gathered", capacity_factor=1.1))
 
 
+def test_checkpoints_that_may_not_be_written_are_no_place_to_train(tmp_path, monkeypatch):
+    train(tmp_path)
+    monkeypatch.setattr(lineage.os, "access", lambda path, mode: path != tmp_path / checkpoint.FOLDER)
+    with pytest.raises(UserError, match="checkpoints may not be written by this user"):
+        lineage.keep_config(tmp_path, EXPERIMENT)
+
+
 @pytest.mark.parametrize("content", ["[]", "{", "\udcff"])
 def test_a_config_that_is_none_is_named(tmp_path, content):
     train(tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ def keep_config(workdir: str | Path, experiment: Experiment) -> None:
     """Writes config.json. Raises UserError naming the fields where the workdir's checkpoints were trained otherwise,
     and where the newest is another version's."""
     path, trained = Path(workdir) / CONFIG, checkpoint.steps(workdir)
+    folder = Path(workdir) / checkpoint.FOLDER
+    if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):  # orbax would find out at the first save
+        raise UserError(f"{folder} may not be written by this user; change its owner or mode, or use another --workdir")
     if trained:
         checkpoint.check_format(workdir, trained[-1])
     if path.exists() and trained:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import gc
 import json
+import os
 import re
 import time
 import zlib
@@ -64,10 +65,22 @@ def read_once(folder: Path, args: Callable[[], dict[str, Any]]) -> Any:
         except Exception as e:
             if type(e) is not Exception and not isinstance(e, UNREADABLE):
                 raise
-            kind = Unreachable if is_passing(e) else Damaged
-            reason = kind(re.sub(r"\s+", " ", str(e.__cause__ or e))[:160] or type(e).__name__)
+            reason = judge(folder, e)
         gc.collect()
     raise reason
+
+
+def judge(folder: Path, e: Exception) -> Damaged | Unreachable:
+    """What an error of a read says of the checkpoint. What orbax may not look into it takes for missing."""
+    closed = next((path for path in (folder, *folder.rglob("*")) if not may_read(path)), None)
+    if closed is not None:
+        return Unreachable(f"{closed} may not be read by this user")
+    kind = Unreachable if is_passing(e) else Damaged
+    return kind(re.sub(r"\s+", " ", str(e.__cause__ or e))[:160] or type(e).__name__)
+
+
+def may_read(path: Path) -> bool:
+    return not path.exists() or os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0))
 
 
 def read_json(path: Path) -> Any:

@@ -183,6 +183,15 @@ def test_another_config_in_the_same_place_is_an_error(built):
         assert "train_hours" not in str(error.value)
 
 
+@pytest.mark.parametrize("content", ['{"a', "3", "[1]"])
+def test_a_damaged_note_of_what_was_built_is_one_line(tmp_path, content):
+    experiment = Experiment(data=Data(root=str(tmp_path), name="d"))
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "build.json").write_text(content)
+    with pytest.raises(UserError, match=r"build\.json is damaged; delete .*/d"):
+        builder.refuse_another(experiment)
+
+
 def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
     (tmp_path / "small").mkdir()
     (tmp_path / "small" / "thesis.txt").write_text("mine")

@@ -16,7 +16,7 @@ TRAIN = ["python", "-m", "launch.train", *FLAGS]
 FINISHED = ["-m", "launch.finished", *FLAGS]
 STARTERS = {
     "slurm": ["--nodes=2"],
-    "gke": ["--name=demo", "--image=registry/tmljax", "--hosts=2"],
+    "gke": ["--name=demo", "--image=registry/tmljax", "--hosts=2", "--claim=shared:/shared"],
     "tpu_vm": ["--name=demo", "--zone=us-x1", "--type=v5p-16", "--version=v2"],
     "ssh": ["--hosts=ada,me@alan", f"--folder={ROOT}"],
 }

@@ -22,7 +22,7 @@ def fakes(tmp_path):
 
 def gke(*more, train=()):
     resources = ["--resource=google.com/tpu:4", "--resource=memory:400Gi"]
-    where = ["--node=cloud.google.com/gke-tpu-topology=2x2x2", "--claim=shared:/mnt/shared"]
+    where = ["--node=cloud.google.com/gke-tpu-topology=2x2x2"]
     return ("gke", *STARTERS["gke"], *resources, *where, *more, "--", *TRAIN, *train)
 
 
@@ -84,6 +84,13 @@ def test_gke_refuses_what_kubernetes_would(tmp_path, flag, complaint):
 def test_slices_that_the_mesh_does_not_know_of_are_refused(tmp_path, train, found):
     done = Fakes(tmp_path).start(*gke("--slices=4", "--dry-run", train=train))
     refuses(done, f"{found}; with --slices=4 give --config.mesh.slices=4")
+
+
+def test_what_must_outlive_a_pod_lies_on_a_volume(tmp_path):
+    done = Fakes(tmp_path).start(*gke("--dry-run", train=["--workdir=/elsewhere/run"]))
+    refuses(done, "--workdir=/elsewhere/run behind -- is on no volume that all pods see; mount one there: --claim=")
+    done = Fakes(tmp_path).start(*gke("--dry-run", train=["--config.data.root=data"]))
+    refuses(done, "--config.data.root=data behind -- is on no volume")
 
 
 def test_a_mesh_of_more_slices_than_there_are_is_refused(tmp_path):

@@ -259,6 +259,20 @@ def test_a_closed_pipe_is_no_error():
         assert (process.wait(60), process.stderr.read()) == (141, b"")
 
 
+@pytest.mark.parametrize(
+    ("flag", "complaint"),
+    [
+        ("--workdir=", "--workdir is empty, which would be this folder"),
+        ("--patience=nan", "--patience=nan must be a finite number"),
+        ("--patience=inf", "--patience=inf must be a finite number"),
+    ],
+)
+def test_nothing_is_no_folder_and_no_number(own_flags, config_file, capsys, flag, complaint):
+    flags.DEFINE_float("patience", 1.0, "seconds")
+    assert run(f"--config={config_file}", "--workdir=w", flag) == 2
+    assert complaint in capsys.readouterr().err
+
+
 def test_help_that_nobody_reads_is_no_error_either():
     read, write = os.pipe()
     os.close(read)

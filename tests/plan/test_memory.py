@@ -160,6 +160,7 @@ def test_money_and_days(setting):
     assert forecast.rate == pytest.approx(16 * 4 * 0.2 / forecast.step_seconds)
     assert forecast.per_dollar == pytest.approx(forecast.rate * 3600 / 8)
     assert forecast.days == pytest.approx(1e9 / (16 * 18) * forecast.step_seconds / 86400)
+    assert forecast.cost == pytest.approx(forecast.days * 24 * 2.0 * 4)
     assert forecast.mfu == pytest.approx(work.model_flops(setting) / forecast.step_seconds / (4 * 459e12))
 
 

@@ -82,6 +82,13 @@ class Forecast:
         return self.tokens / positions * self.step_seconds / 86_400
 
     @property
+    def cost(self) -> float | None:
+        """Dollars for all positions."""
+        if self.days is None or self.price is None:
+            return None
+        return self.days * 24 * self.price * self.setting.where.chips
+
+    @property
     def checkpoint_bytes(self) -> float:
         """Of the whole state, once."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.setting.state))
@@ -179,6 +186,7 @@ def as_json(forecast: Forecast) -> dict[str, Any]:
         "conversation_seconds_per_second": forecast.rate,
         "conversation_seconds_per_dollar": forecast.per_dollar,
         "days": forecast.days,
+        "dollars": forecast.cost,
         "checkpoint_bytes": forecast.checkpoint_bytes,
         "checkpoint_seconds": forecast.checkpoint_seconds,
         "compile_seconds": forecast.compile_seconds,

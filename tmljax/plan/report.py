@@ -94,7 +94,8 @@ def to_lines(forecast: Forecast) -> list[tuple[str, str, str]]:
     if forecast.per_dollar is not None:
         lines.append(("  for a dollar", f"{forecast.per_dollar:,.0f} s of conversation", "formula"))
     if forecast.days is not None:
-        lines.append(("training", f"{forecast.days:,.1f} days for {forecast.tokens:.3g} positions", "formula"))
+        cost = "" if forecast.cost is None else f", {forecast.cost:,.0f} dollars"
+        lines.append(("training", f"{forecast.days:,.3g} days for {forecast.tokens:.3g} positions{cost}", "formula"))
     return lines
 
 
