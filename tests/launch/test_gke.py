@@ -86,11 +86,10 @@ def test_slices_that_the_mesh_does_not_know_of_are_refused(tmp_path, train, foun
     refuses(done, f"{found}; with --slices=4 give --config.mesh.slices=4")
 
 
-def test_what_must_outlive_a_pod_lies_on_a_volume(tmp_path):
-    done = Fakes(tmp_path).start(*gke("--dry-run", train=["--workdir=/elsewhere/run"]))
-    refuses(done, "--workdir=/elsewhere/run behind -- is on no volume that all pods see; mount one there: --claim=")
-    done = Fakes(tmp_path).start(*gke("--dry-run", train=["--config.data.root=data"]))
-    refuses(done, "--config.data.root=data behind -- is on no volume")
+@pytest.mark.parametrize("place", ["--workdir=/elsewhere/run", "--config.data.root=data"])
+def test_what_must_outlive_a_pod_lies_on_a_volume(tmp_path, place):
+    done = Fakes(tmp_path).start(*gke("--dry-run", train=[place]))
+    refuses(done, f"{place} behind -- is on no volume that all pods see; mount one there: --claim=CLAIM:/MOUNT")
 
 
 def test_a_mesh_of_more_slices_than_there_are_is_refused(tmp_path):

@@ -268,7 +268,7 @@ def test_a_closed_pipe_is_no_error():
     ],
 )
 def test_nothing_is_no_folder_and_no_number(own_flags, config_file, capsys, flag, complaint):
-    flags.DEFINE_float("patience", 1.0, "seconds")
+    flags.DEFINE_float("patience", 1.0, "seconds", flag_values=own_flags)
     assert run(f"--config={config_file}", "--workdir=w", flag) == 2
     assert complaint in capsys.readouterr().err
 
