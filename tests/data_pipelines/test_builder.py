@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -190,6 +191,18 @@ def test_a_damaged_note_of_what_was_built_is_one_line(tmp_path, content):
     (tmp_path / "d" / "build.json").write_text(content)
     with pytest.raises(UserError, match=r"build\.json is damaged; delete .*/d"):
         builder.refuse_another(experiment)
+
+
+@pytest.mark.parametrize("lost", ["dataset_info.json", "duplex-validation.array_record-*"])
+def test_a_dataset_that_lost_a_file_is_one_line(built, tmp_path, lost):
+    shutil.copytree(built[1].path, tmp_path / built[0].data.name)
+    wanted = dataclasses.replace(built[0], data=dataclasses.replace(built[0].data, root=str(tmp_path)))
+    builder.build(wanted, progress=False)
+    gone, *_ = (tmp_path / built[0].data.name).rglob(lost)
+    gone.unlink()
+    for use in (lambda: builder.open_split(wanted, "train"), lambda: builder.build(wanted, progress=False)):
+        with pytest.raises(UserError, match=r"has lost files of its splits .*validation.*; delete it"):
+            use()
 
 
 def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
