@@ -62,6 +62,8 @@ def main(argv: Sequence[str]) -> int:
 
 def make_folder(folder: Path) -> None:
     """Raises UserError where nothing can be written there."""
+    if not flags.FLAGS.output:
+        raise UserError("--output is empty, which would be this folder; name one")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

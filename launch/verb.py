@@ -177,8 +177,8 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
             raise UserError(f"--{name}={value} must be a finite number")
         if name in WRITTEN:
             refuse_address(f"--{name}", value)
-        if name in WRITTEN and value == "":
-            raise UserError(f"--{name} is empty, which would be this folder; name one, or a file")
+        if name == "workdir" and value == "":
+            raise UserError("--workdir is empty, which would be this folder; name one")
     return [program]
 
 
