@@ -266,5 +266,5 @@ def refuse_incomplete(experiment: Experiment) -> None:
     lost = [s for s in SPLITS if s not in found or not all(os.path.exists(path) for path in found[s].filepaths)]
     if lost:
         raise UserError(
-            f"{home} has lost files of its splits {', '.join(lost)}; delete it, and the same command builds it anew"
+            f"{home} has lost files of its splits {', '.join(lost)}; delete it and run python -m launch.data"
         )

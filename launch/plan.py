@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--{given[0]} is for the training step; leave it out, or --what=tick")
     verb.refuse_file("output")
     if flags.FLAGS.output is not None:  # before minutes of compiling, not after
-        make_folder(Path(flags.FLAGS.output))
+        make_output(flags.FLAGS.output)
     experiment, where = verb.experiment(), find_slice(flags.FLAGS.topology)
     title = f"{Path(flags.FLAGS.config.partition('.py')[0]).name} on {where.name}"
     if flags.FLAGS.what == "tick":
@@ -60,12 +60,12 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def make_folder(folder: Path) -> None:
+def make_output(folder: str) -> None:
     """Raises UserError where nothing can be written there."""
-    if not flags.FLAGS.output:
+    if not folder:
         raise UserError("--output is empty, which would be this folder; name one")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as e:
