@@ -99,7 +99,7 @@ def build(
         if not _is_done(home):
             with _alone(home / STAGING):
                 rendered = _prepare(experiment, progress, workers, beam_options)
-        refuse_incomplete(experiment)
+        refuse_damaged(experiment)
         shutil.rmtree(home / STAGING, ignore_errors=True)
     except OSError as e:
         if files.is_full(e):
@@ -255,16 +255,16 @@ def open_split(experiment: Experiment, split: str) -> Sessions:
     if not _is_done(home):
         raise UserError(f"{home} holds no prepared dataset; run python -m launch.data with this config first")
     _claim(home, experiment)
-    refuse_incomplete(experiment)
+    refuse_damaged(experiment)
     return Sessions(experiment, split)
 
 
-def refuse_incomplete(experiment: Experiment) -> None:
-    """Raises UserError where files of the prepared dataset are missing."""
+def refuse_damaged(experiment: Experiment) -> None:
+    """Raises UserError where files of the prepared dataset are missing or have lost a part."""
     home = folder(experiment)
-    found = Duplex(home, experiment.stream).info.splits
-    lost = [s for s in SPLITS if s not in found or not all(os.path.exists(path) for path in found[s].filepaths)]
-    if lost:
+    damaged = Duplex(home, experiment.stream).damaged(SPLITS)
+    if damaged:
         raise UserError(
-            f"{home} has lost files of its splits {', '.join(lost)}; delete it and run python -m launch.data"
+            f"{home} has lost files of its splits {', '.join(damaged)}, or parts of them; delete it and run "
+            "python -m launch.data with this config, which builds the same again"
         )

@@ -121,8 +121,14 @@ def open_manifest(manifest: str, experiment: Experiment, split: str) -> Records:
     """The "train" or "validation" records of a manifest, which is imported first where it was not yet.
 
     One record in 20 is held out; its words were not trained on, its speakers may have been.
+    Raises UserError where files of the import are missing or have lost a part.
     """
-    return Records(prepare(manifest, experiment), experiment.stream, split)
+    home = prepare(manifest, experiment)
+    if Recorded(home, experiment.stream).damaged([SPLIT]):
+        raise UserError(
+            f"{home} has lost files, or parts of them; delete it and run the same command again, which imports anew"
+        )
+    return Records(home, experiment.stream, split)
 
 
 class Records(Sequence[Session]):

@@ -173,10 +173,20 @@ class Dataset(dataset_builder.FileReaderBuilder, skip_registration=True):
     def whole(self) -> bool:
         return (Path(self.data_dir) / "dataset_info.json").exists()
 
+    def damaged(self, splits: Iterable[str]) -> list[str]:
+        """Of these splits, those whose files are not all there, or are shorter or longer than they were taken over."""
+        found = self.info.splits
+        return [s for s in splits if s not in found or sum(map(_size, found[s].filepaths)) != found[s].num_bytes]
+
     def take_over(self, scratch: Path) -> None:
         """Makes the staged files a dataset, as which they are whole or not there."""
         with contextlib.redirect_stdout(io.StringIO()):
             self.download_and_prepare(download_dir=scratch)
+
+
+def _size(path: str | os.PathLike[str]) -> int:
+    """In bytes; 0 where there is no file."""
+    return os.path.getsize(path) if os.path.exists(path) else 0
 
 
 def _link(source: Path, target: Path) -> None:

@@ -2,7 +2,8 @@
 
     python -m launch.gke --name=demo --image=REGISTRY/tmljax --hosts=4 --resource=google.com/tpu:4 \\
         --node=cloud.google.com/gke-tpu-accelerator=tpu-v5p-slice --node=cloud.google.com/gke-tpu-topology=2x2x4 \\
-        --claim=shared:/mnt/shared -- python -m launch.train --config=configs/demo.py --workdir=/mnt/shared/demo
+        --claim=shared:/mnt/shared -- python -m launch.train --config=configs/demo.py --workdir=/mnt/shared/demo \\
+        --config.data.root=/mnt/shared/data
 
 The image has this repository as its working directory, installed with the extra for its accelerator, as
 launch/Dockerfile makes it:
@@ -111,27 +112,25 @@ def pairs(flag: str, between: str, right: str = "VALUE") -> dict[str, str]:
 
 
 def check_slices(job: Job, command: starter.Command) -> None:
-    """Raises UserError where the flags of the training give its mesh another number of slices, which all pods would end
-    with.
+    """Raises UserError where the mesh of the training has another number of slices, with which all pods would end.
 
     GPUs form no slices of themselves: `tmljax.sharding.arrange` counts their processes.
     """
-    known = command.value("config.mesh.slices")
-    if TPU in job.resources and (known or "1") != str(job.slices):
-        found = "is missing" if known is None else f"is {known}"
+    known = command.experiment.mesh.slices
+    if TPU in job.resources and known != job.slices:
         raise UserError(
-            f"--config.mesh.slices {found} behind --; with --slices={job.slices} give --config.mesh.slices={job.slices}"
+            f"config.mesh.slices is {known}; with --slices={job.slices} add --config.mesh.slices={job.slices} behind --"
         )
 
 
 def check_claims(job: Job, command: starter.Command) -> None:
     """Raises UserError where what must outlive a pod would lie on the pod's own disk."""
-    for flag in ("workdir", "config.data.root"):
-        path = command.value(flag)
-        mounts = [PurePosixPath(mount) for mount in job.claims.values()]
-        if path and not any(PurePosixPath(path).is_relative_to(mount) for mount in mounts):
+    mounts = [PurePosixPath(mount) for mount in job.claims.values()]
+    for name, path in (("workdir", command.workdir), ("config.data.root", command.experiment.data.root)):
+        if not any(PurePosixPath(path).is_relative_to(mount) for mount in mounts):
             raise UserError(
-                f"--{flag}={path} behind -- is on no volume that all pods see; mount one there: --claim=CLAIM:/MOUNT"
+                f"--{name}={path} behind -- is on no volume that all pods see; mount one with --claim=CLAIM:/MOUNT "
+                f"and name a folder there: --{name}=/MOUNT/..."
             )
 
 

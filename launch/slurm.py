@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
         "--ntasks-per-node=1",
         "--requeue",
         f"--signal=TERM@{given.grace}",
-        f"--chdir={SCRIPT.parents[1]}",
+        f"--chdir={starter.ROOT}",
         *verb.words_of("sbatch"),
         str(SCRIPT),
         str(given.restarts),

@@ -7,19 +7,21 @@ is the command that would train here, run on every host: `launch.slurm`, `launch
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from pathlib import Path
 from typing import NamedTuple
 
 from absl import flags
 
 from launch import verb
-from tmljax.config import UserError, refuse_address
+from tmljax.config import Experiment, UserError, refuse_address
 
+ROOT = Path(__file__).parents[1]
 PORT = 8476  # of the first host, where the processes of a run find one another
 MISTAKE = 2  # exit code: starting again would not help
 AGAIN = 75  # of launch.finished: the training was stopped before its end and goes on when started again
@@ -37,26 +39,15 @@ INSTALLED_WITH = {
 
 
 class Command(NamedTuple):
-    """`python -m launch.train flags...`."""
+    """`python -m launch.train flags...`, and what they say."""
 
     python: str
     flags: tuple[str, ...]
+    workdir: str
+    experiment: Experiment
 
     def words(self, module: str = "launch.train") -> list[str]:
         return [self.python, "-m", module, *self.flags]
-
-    def value(self, flag: str) -> str | None:
-        """Of --FLAG=VALUE or --FLAG VALUE, the last of them; None where there is none. For a field of the config,
-        config.GROUP.FIELD, --config_field=GROUP.FIELD=VALUE is the same."""
-        field, found = flag.removeprefix("config."), None
-        for word, after in pairwise((*self.flags, None)):
-            name, equals, value = word.lstrip("-").partition("=")
-            value = value if equals else after or ""
-            if name == "config_field" and field != flag:
-                name, _, value = f"config.{value}".partition("=")
-            if word.startswith("-") and name == flag:
-                found = value
-        return found
 
     def finished(self) -> list[str]:
         """Leaves with 0 where training is at its end, with AGAIN where it is not."""
@@ -69,18 +60,34 @@ def run(main: Callable[[Sequence[str]], int | None]) -> int:
 
 
 def command() -> Command:
-    """What stands behind `--` on the command line. Raises UserError for anything but a training, and for addresses in
-    place of its folders."""
+    """What stands behind `--` on the command line. Raises UserError for anything but a training, and for one that would
+    end with a mistake of its flags or its config, before there are machines, which cost."""
     match sys.argv[sys.argv.index("--") + 1 :] if "--" in sys.argv else []:
         case [python, "-m", "launch.train", *rest]:
-            found = Command(python, tuple(rest))
-            for flag in ("workdir", "config.data.root"):  # before there are machines, which cost
-                refuse_address(f"--{flag}", found.value(flag))
-            return found
+            return Command(python, tuple(rest), *read_training(rest))
         case []:
             raise UserError("there is nothing to run: end with -- python -m launch.train --config=... --workdir=...")
         case other:
             raise UserError(f"behind -- comes python -m launch.train and its flags, not {shlex.join(other)}")
+
+
+def read_training(words: Sequence[str]) -> tuple[str, Experiment]:
+    """The workdir and the experiment of launch.train, as its flags say. Flags of libraries are left to it."""
+    given = flags.FlagValues()
+    given.set_gnu_getopt()
+    for name in ("config", "workdir"):
+        flags.DEFINE_string(name, None, "", flag_values=given)
+    flags.DEFINE_multi_string("config_field", [], "", flag_values=given)
+    try:
+        given(["launch.train", *verb.rewrite_overrides(words)], known_only=True)
+    except flags.Error as e:
+        raise UserError(f"behind --: {verb.flag_error(e)}") from None
+    for name in ("config", "workdir"):
+        if not given[name].value:
+            raise UserError(f"--{name} is missing behind --")
+    refuse_address("--workdir", given.workdir)
+    with contextlib.chdir(ROOT):  # as it is read on the machines
+        return given.workdir, verb.load_experiment(given.config, given.config_field)
 
 
 class Shell(NamedTuple):

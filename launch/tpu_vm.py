@@ -2,7 +2,8 @@
 
     python -m launch.tpu_vm --name=demo --zone=us-east5-a --type=v5p-32 --version=v2-alpha-tpuv5 --create=--spot \\
         --setup="bash workers.sh" --python=python3.12 \\
-        -- .venv/bin/python -m launch.train --config=configs/demo.py --workdir=/mnt/shared/demo
+        -- .venv/bin/python -m launch.train --config=configs/demo.py --workdir=/mnt/shared/demo \\
+        --config.data.root=/mnt/shared/data
 
 What git would track here is copied to ~/tmljax of every worker; --setup runs there; then --python, 3.11 or newer, makes
 the environment .venv and installs the repository with the extra `tpu`. The workdir and config.data.root lie on a disk
@@ -26,7 +27,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from absl import flags
@@ -64,6 +64,7 @@ def define_flags() -> None:
 def main(argv: Sequence[str]) -> int:
     command, given = starter.command(), flags.FLAGS
     verb.words_of("create")
+    check_folders(command)
     tpu = TpuVm(starter.Shell.of_flags(), given.name, given.zone)
     began = False
     tpu.shell.check("gcloud", "compute", "tpus", "tpu-vm", "list", f"--zone={given.zone}", "--format=none")
@@ -81,6 +82,16 @@ def main(argv: Sequence[str]) -> int:
     delete = shlex.join(tpu.words("delete"))
     starter.say(f"{given.name} still exists, and costs; when you have what you need: {delete}")
     return code
+
+
+def check_folders(command: starter.Command) -> None:
+    """Raises UserError where what must outlive a slice would lie in the home of its workers."""
+    for name, path in (("workdir", command.workdir), ("config.data.root", command.experiment.data.root)):
+        if not path.startswith("/"):
+            raise UserError(
+                f"--{name}={path} behind -- would be another folder on each worker, and go with it; name one of a disk "
+                f"that all workers see: --{name}=/..."
+            )
 
 
 def train(tpu: TpuVm, command: starter.Command, grace: int) -> int:
@@ -152,7 +163,7 @@ def settled(tpu: TpuVm, pause: float) -> str:
 
 def install(tpu: TpuVm, setup: str, python: str) -> int:
     """Copies the files that git would track, and installs them on every worker; returns the exit code."""
-    root = shlex.quote(str(Path(__file__).parents[1]))
+    root = shlex.quote(str(starter.ROOT))
     with tempfile.TemporaryDirectory() as folder:
         archive = ARCHIVE if tpu.shell.dry else f"{folder}/{ARCHIVE}"
         tracked = f"git -C {root} ls-files -z --cached --others --exclude-standard"

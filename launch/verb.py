@@ -165,10 +165,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     try:
         program, *rest = flags.FLAGS(argv)
     except flags.Error as e:
-        missing = re.search(r"--(\w+) must have a value other than None", str(e))
-        if missing:
-            raise UserError(f"--{missing[1]} is missing; see --help") from None
-        raise UserError(f"{str(e).removeprefix('flag ')}; see --help") from None
+        raise UserError(f"{flag_error(e)}; see --help") from None
     if rest:
         raise UserError(f"{rest[0]!r} is not a flag; see --help")
     for name in flags.FLAGS:
@@ -180,6 +177,17 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         if name == "workdir" and value == "":
             raise UserError("--workdir is empty, which would be this folder; name one")
     return [program]
+
+
+def flag_error(error: flags.Error) -> str:
+    """What absl found, in our words where its own need some."""
+    missing = re.search(r"--(\w+) must have a value other than None", str(error))
+    if missing:
+        return f"--{missing[1]} is missing"
+    unread = re.search(r"Unable to open flagfile: .*\] (.*): '(.*)'", str(error))
+    if unread:
+        return f"--flagfile={unread[2]} cannot be read: {unread[1]}"
+    return str(error).removeprefix("flag ")
 
 
 def words_of(flag: str) -> list[str]:
@@ -231,6 +239,8 @@ def load_experiment(file: str, overrides: Sequence[str] = ()) -> Experiment:
 
 def run_config_file(path: str, argument: str = "") -> ml_collections.ConfigDict:
     """What get_config() of this file returns. Raises UserError for a file that is absent or fails."""
+    if os.path.isdir(path):
+        raise UserError(f"--config={path} is a folder; name a file in it")
     if not os.path.isfile(path):
         folder = Path(path).parent
         near = difflib.get_close_matches(Path(path).name, [p.name for p in folder.glob("*.py")], n=1)

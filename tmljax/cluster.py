@@ -102,13 +102,12 @@ def leaving() -> Iterator[None]:
 
 
 def compile_together(function: Any, *arguments: Any) -> None:
-    """Compiles a jitted function in all processes before one of them runs it.
+    """Compiles a jitted function, in all processes before one of them runs it; its first call finds it compiled.
 
     At a collective of devices that have not met before, gloo waits half a minute for the others and no longer.
     """
-    if process_count() > 1:
-        function.lower(*arguments).compile()
-        wait_for_all("compiled")
+    function.lower(*arguments).compile()
+    wait_for_all("compiled")
 
 
 def cache_folder() -> str:

@@ -193,13 +193,24 @@ def test_a_damaged_note_of_what_was_built_is_one_line(tmp_path, content):
         builder.refuse_another(experiment)
 
 
-@pytest.mark.parametrize("lost", ["dataset_info.json", "duplex-validation.array_record-*"])
-def test_a_dataset_that_lost_a_file_is_one_line(built, tmp_path, lost):
+def cut(path):
+    os.truncate(path, path.stat().st_size - 1000)
+
+
+@pytest.mark.parametrize(
+    ("lost", "lose"),
+    [
+        ("dataset_info.json", Path.unlink),
+        ("duplex-validation.array_record-*", Path.unlink),
+        ("duplex-validation.array_record-*", cut),
+    ],
+)
+def test_a_dataset_that_lost_a_file_or_a_part_is_one_line(built, tmp_path, lost, lose):
     shutil.copytree(built[1].path, tmp_path / built[0].data.name)
     wanted = dataclasses.replace(built[0], data=dataclasses.replace(built[0].data, root=str(tmp_path)))
     builder.build(wanted, progress=False)
     gone, *_ = (tmp_path / built[0].data.name).rglob(lost)
-    gone.unlink()
+    lose(gone)
     for use in (lambda: builder.open_split(wanted, "train"), lambda: builder.build(wanted, progress=False)):
         with pytest.raises(UserError, match=r"has lost files of its splits .*validation.*; delete it"):
             use()

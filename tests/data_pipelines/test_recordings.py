@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -386,6 +387,14 @@ def test_an_interrupted_import_leaves_nothing_that_looks_whole(tmp_path: Path, m
         with pytest.raises(KeyboardInterrupt):
             recordings.prepare(str(path), experiment)
     assert len(recordings.open_manifest(str(path), experiment, "train")) == 2
+
+
+def test_an_import_that_lost_a_part_is_one_line(tmp_path: Path) -> None:
+    path, experiment = prepare_talks(tmp_path)
+    file = next(recordings.prepare(str(path), experiment).rglob("*.array_record-*"))
+    os.truncate(file, file.stat().st_size - 1000)
+    with pytest.raises(UserError, match=r"has lost files, or parts of them; delete it"):
+        recordings.open_manifest(str(path), experiment, "train")
 
 
 def test_a_mistake_found_while_reading_the_sound_is_told_as_well(tmp_path: Path) -> None:

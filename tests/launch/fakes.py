@@ -11,7 +11,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 
-FLAGS = ["--config=configs/smoke.py", "--workdir=/shared/my runs/it's $HOME", "--config.data.name=a b"]
+PLACES = ["--workdir=/shared/my runs/it's $HOME", "--config.data.root=/shared/data"]
+FLAGS = ["--config=configs/smoke.py", *PLACES, "--config.data.name=a b"]
 TRAIN = ["python", "-m", "launch.train", *FLAGS]
 FINISHED = ["-m", "launch.finished", *FLAGS]
 STARTERS = {

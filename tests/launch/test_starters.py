@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from launch import tpu_vm, verb
-from launch.starter import Command
+from launch.starter import read_training
 from tests.launch.fakes import (
     ANSWER,
     FINISHED,
@@ -91,22 +91,49 @@ def test_the_batch_of_the_example_divides_over_its_devices(starter, devices):
         ([], "end with -- python -m launch.train"),
         (["--", "make", "coffee"], "not make coffee"),
         (["--", *TRAIN, "--workdir", "gs://bucket/run"], "--workdir=gs://bucket/run is an address"),
-        (["--", *TRAIN, "--config.data.root=gs://bucket"], "--config.data.root=gs://bucket is an address; mount the "),
+        (["--", *TRAIN, "--config.data.root=gs://bucket"], "config.data.root=gs://bucket is an address; mount the "),
         (["--nods=3", "--", *TRAIN], "nods"),
         (["stray", "--", *TRAIN], "'stray' is not a flag"),
+        (["--port=70000", "--", *TRAIN], "port"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line(tmp_path, words, complaint):
     refuses(Fakes(tmp_path).start("ssh", *STARTERS["ssh"], *words), complaint)
 
 
-def test_the_last_value_of_a_flag_of_the_command_counts():
-    told = Command("python", ("--a=1", "--config.b", "2", "--a", "3", "--aa=4", "--c"))
-    assert [told.value(flag) for flag in ("a", "config.b", "aa", "c", "d", "2")] == ["3", "2", "4", "", None, None]
-    told = Command(
-        "python", ("--config.a.b=1", "--config_field=a.b=2", "--config_field", "a.c=3", "-config_field=d=e=4")
+@pytest.mark.parametrize("starter", STARTERS)
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--workdir=/shared/run"], "--config is missing behind --"),
+        (["--config=configs/smoke.py"], "--workdir is missing behind --"),
+        (["--config=configs/smok.py", "--workdir=/shared/run"], "did you mean configs/smoke.py?"),
+        ([*FLAGS, "--config.train.step=5"], "config.train.step does not exist; did you mean steps?"),
+        ([*FLAGS, "--config.data.batch", "none"], "config.data.batch"),
+        ([*FLAGS, "--config.train.steps"], "--config.train.steps needs a value"),
+        ([*FLAGS, "--flagfile=/nowhere"], "--flagfile=/nowhere cannot be read: No such file or directory"),
+    ],
+)
+def test_a_training_that_would_end_with_a_mistake_is_not_started(tmp_path, starter, flags, complaint):
+    fakes = Fakes(tmp_path, **dict.fromkeys(PROGRAM.values(), ANSWER))
+    refuses(fakes.start(starter, *STARTERS[starter], "--", "python", "-m", "launch.train", *flags), complaint)
+    assert not fakes.calls()
+
+
+def test_the_flags_of_a_training_are_read_as_it_reads_them(tmp_path):
+    (tmp_path / "flags.txt").write_text("--config=configs/smoke.py\n--config_field=train.steps=7\n")
+    file = f"--flagfile={tmp_path}/flags.txt"
+    foreign = ["--a_flag_of_a_library=5", "--verbosity", "1", "--profile=3"]
+    workdir, experiment = read_training(
+        [file, *foreign, "--workdir", "/a", "--config.data.batch", "24", "-config_field=data.batch=16", "--workdir=/b"]
     )
-    assert [told.value(f"config.{flag}") for flag in ("a.b", "a.c", "d", "a")] == ["2", "3", "e=4", None]
+    assert (workdir, experiment.train.steps, experiment.data.batch) == ("/b", 7, 16)
+
+
+@pytest.mark.parametrize("place", ["--workdir=runs/a", "--config.data.root=data"])
+def test_a_folder_of_each_worker_alone_is_refused(tmp_path, place):
+    done = Fakes(tmp_path).start("tpu_vm", *STARTERS["tpu_vm"], "--dry-run", "--", *TRAIN, place)
+    refuses(done, f"{place} behind -- would be another folder on each worker, and go with it; name one of a disk that")
 
 
 def test_a_dry_run_calls_nothing_and_prints_what_a_shell_would_take(fakes):
@@ -115,7 +142,7 @@ def test_a_dry_run_calls_nothing_and_prints_what_a_shell_would_take(fakes):
         lines = [shlex.split(line) for line in done.stdout.splitlines()]
         assert lines[0][0] == PROGRAM[starter]
         words = lines[0] if starter == "slurm" else shlex.split(lines[-1][-1])  # of the far side's shell
-        assert words[-3:] == FLAGS
+        assert words[-len(FLAGS) :] == FLAGS
     assert fakes.calls() == []
 
 

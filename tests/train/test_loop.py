@@ -6,6 +6,7 @@ import sys
 import time
 import weakref
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -102,6 +103,31 @@ def test_a_second_and_a_half_of_waiting_are_a_step_in_every_row(tmp_path, monkey
     steps = resumed["step"] - 10
     assert resumed["time/step_seconds"] == pytest.approx((1.5 * steps - 0.5) / steps)
     assert {(row["time/step_seconds"], row["time/data_wait"]) for row in others if row is not resumed} == {(1.5, 1 / 3)}
+
+
+def test_no_second_of_a_step_that_returns_when_it_is_done_is_lost(tmp_path, monkeypatch):
+    """As on simulated devices that share a host; the rows have the run's time between them."""
+    hand, make = [0.0], loop.make_program
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: hand[0])
+
+    class Slow(NamedTuple):
+        step: Any
+
+        def __call__(self, *arguments):
+            hand[0] += 1
+            return self.step(*arguments)
+
+        def lower(self, *arguments):
+            hand[0] += 7
+            return self.step.lower(*arguments)
+
+    def make_slow(*arguments):
+        program = make(*arguments)
+        return program._replace(step=Slow(program.step))
+
+    monkeypatch.setattr(loop, "make_program", make_slow)
+    toy.run(tmp_path, toy.experiment(3, train={"log_every": 1}))
+    assert sum(row["time/step_seconds"] for row in read_rows(tmp_path / FILE)) == pytest.approx(3)
 
 
 def test_two_batches_are_on_the_devices_at_most(tmp_path, monkeypatch):

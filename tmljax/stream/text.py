@@ -85,7 +85,7 @@ class Tokenizer:
         try:
             return cls.from_json(text)
         except UserError as e:
-            raise UserError(f"{os.fspath(path)}: {e}") from None
+            raise UserError(f"{os.fspath(path)} is {e}; put a whole copy of it there") from None
 
     @classmethod
     def from_json(cls, text: str) -> Tokenizer:

@@ -158,13 +158,12 @@ def run_steps(run: Run, state: State, step: int, feed: Feed, stop: cluster.StopN
         run.profile.before(step + 1, unread)
         if step == first:
             cluster.compile_together(run.program.step, state, fed.batch)
+            run.ledger.trains()
+            run.watch.begin(first)
         state, metrics = run.program.step(state, fed.batch)
         step += 1
         run.profile.after(step, metrics)
         stop.tell()
-        if step == first + 1:  # compiled
-            run.ledger.trains()
-            run.watch.begin(first)
         if unread is not None:
             report(run, *unread, ahead=fed.waited)
         unread = (step, metrics)
