@@ -174,7 +174,8 @@ class Dataset(dataset_builder.FileReaderBuilder, skip_registration=True):
         return (Path(self.data_dir) / "dataset_info.json").exists()
 
     def damaged(self, splits: Iterable[str]) -> list[str]:
-        """Of these splits, those whose files are not all there, or are shorter or longer than they were taken over."""
+        """Of these splits, those whose files are not all there, or have another size together than when they were taken
+        over."""
         found = self.info.splits
         return [s for s in splits if s not in found or sum(map(_size, found[s].filepaths)) != found[s].num_bytes]
 

@@ -14,16 +14,8 @@ from pathlib import Path
 
 from absl import flags
 
-from launch import verb
+from launch import training, verb
 from launch.starter import AGAIN
-
-KNOWN = {"config", "config_field", "workdir", "profile", "flagfile", "help", "helpshort", "helpfull"}
-
-
-def define_flags() -> None:
-    verb.define_config()
-    flags.DEFINE_string("workdir", None, "where the checkpoints are", required=True)
-    flags.DEFINE_integer("profile", 0, "of launch.train, and nothing here")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -34,23 +26,6 @@ def main(argv: Sequence[str]) -> int:
     return 0 if step >= wanted else AGAIN
 
 
-def keep_known(arguments: Sequence[str]) -> list[str]:
-    """Without flags of the libraries, in one word or in two, which say nothing of what is trained and for how long."""
-    kept, foreign = list[str](), False
-    for argument in arguments:
-        if argument.startswith("-"):
-            name, equals, _ = argument.lstrip("-").partition("=")
-            foreign = name not in KNOWN
-            if not foreign:
-                kept.append(argument)
-            foreign &= not equals  # the next word may be its value
-        else:
-            if not foreign:
-                kept.append(argument)
-            foreign = False
-    return kept
-
-
 if __name__ == "__main__":
-    define_flags()
-    sys.exit(verb.run(main, keep=keep_known))
+    training.define_flags()
+    sys.exit(verb.run(main, keep=training.keep_known))

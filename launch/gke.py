@@ -27,7 +27,7 @@ import yaml
 from absl import flags
 
 from launch import starter
-from tmljax.config import UserError
+from tmljax.config import Experiment, UserError
 
 NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")  # pods are called NAME-host-SLICE-HOST-xxxxx, in 63 letters
 JOB = "host"  # the replicated job
@@ -84,8 +84,9 @@ def main(argv: Sequence[str]) -> int:
         given.grace,
         given.restarts,
     )
-    check_slices(job, command)
-    check_claims(job, command)
+    if command.training.experiment is not None:
+        check_slices(job, command.training.experiment)
+    check_claims(job, command.training.places())
     text = yaml.safe_dump(manifest(job, command), sort_keys=False, width=120)
     where = [f"--namespace={given.namespace}"] if given.namespace else []
     if given["dry-run"].value:
@@ -111,22 +112,22 @@ def pairs(flag: str, between: str, right: str = "VALUE") -> dict[str, str]:
     return found
 
 
-def check_slices(job: Job, command: starter.Command) -> None:
+def check_slices(job: Job, experiment: Experiment) -> None:
     """Raises UserError where the mesh of the training has another number of slices, with which all pods would end.
 
     GPUs form no slices of themselves: `tmljax.sharding.arrange` counts their processes.
     """
-    known = command.experiment.mesh.slices
+    known = experiment.mesh.slices
     if TPU in job.resources and known != job.slices:
         raise UserError(
             f"config.mesh.slices is {known}; with --slices={job.slices} add --config.mesh.slices={job.slices} behind --"
         )
 
 
-def check_claims(job: Job, command: starter.Command) -> None:
+def check_claims(job: Job, places: dict[str, str]) -> None:
     """Raises UserError where what must outlive a pod would lie on the pod's own disk."""
     mounts = [PurePosixPath(mount) for mount in job.claims.values()]
-    for name, path in (("workdir", command.workdir), ("config.data.root", command.experiment.data.root)):
+    for name, path in places.items():
         if not any(PurePosixPath(path).is_relative_to(mount) for mount in mounts):
             raise UserError(
                 f"--{name}={path} behind -- is on no volume that all pods see; mount one with --claim=CLAIM:/MOUNT "

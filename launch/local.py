@@ -34,6 +34,7 @@ from absl import flags
 from launch import starter
 from tmljax import pulse
 from tmljax.config import UserError
+from tmljax.terminal import Terminal
 
 HUNG = 124  # exit code, as of timeout(1)
 LOOK = 0.2  # seconds between looks at what does not announce itself
@@ -108,7 +109,7 @@ def supervise(options: Options) -> int:
             if failure.code == starter.MISTAKE:  # the host has said what is wrong
                 return failure.code
             if asked.signal is not None or restart == options.restarts:
-                print(f"error: {failure.cause}; all hosts were ended", file=sys.stderr, flush=True)
+                Terminal(sys.stderr).say(f"error: {failure.cause}; all hosts were ended")
                 return failure.code
             starter.say(f"{failure.cause}; all hosts start again ({restart + 1} of {options.restarts})")
     raise AssertionError("unreachable")
@@ -145,7 +146,7 @@ class Host:
         self.sign: pulse.Sign | None = None
         self.muted = False
         self._signs = os.fdopen(signs, "rb")
-        streams = ((process.stdout, sys.stdout), (process.stderr, sys.stderr))
+        streams = ((process.stdout, Terminal(sys.stdout)), (process.stderr, Terminal(sys.stderr)))
         self._threads = [
             threading.Thread(target=self._pass_on, args=(source, out), daemon=True) for source, out in streams
         ]
@@ -158,7 +159,7 @@ class Host:
                 with contextlib.suppress(ValueError, TypeError):  # cut short by its end
                     self.sign, self.heard = pulse.Sign.from_line(line), time.time()
 
-    def _pass_on(self, source: IO[bytes], out: IO[str]) -> None:
+    def _pass_on(self, source: IO[bytes], out: Terminal) -> None:
         """Line by line, so that lines of two hosts do not mix; of a progress bar a state now and then."""
         last = 0.0
         for line in pieces(source):
@@ -169,9 +170,7 @@ class Host:
                     continue
                 last = time.monotonic()
             text = line.strip("\r\n")
-            with contextlib.suppress(OSError):  # nobody reads it any more; the host must go on all the same
-                out.write(f"host {self.index} | {text}\n")
-                out.flush()
+            out.say(f"host {self.index} | {text}")
 
     def finish_output(self) -> None:
         for thread in self._threads:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from absl import flags
 
-from launch import starter, verb
+from launch import starter, training, verb
 
 SCRIPT = Path(__file__).with_name("slurm.sh")
 
@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
         "--ntasks-per-node=1",
         "--requeue",
         f"--signal=TERM@{given.grace}",
-        f"--chdir={starter.ROOT}",
+        f"--chdir={training.ROOT}",
         *verb.words_of("sbatch"),
         str(SCRIPT),
         str(given.restarts),

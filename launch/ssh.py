@@ -22,6 +22,7 @@ from absl import flags
 
 from launch import starter
 from tmljax.config import UserError
+from tmljax.terminal import Terminal
 
 OPTIONS = ("-o", "BatchMode=yes", "-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=4")
 
@@ -100,7 +101,7 @@ def supervise(remotes: Sequence[Remote], grace: float) -> int:
 
 
 class Running(NamedTuple):
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[bytes]
     relay: threading.Thread  # prints what it says
 
 
@@ -111,15 +112,15 @@ def start(one: Remote) -> Running:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
             start_new_session=True,
         )
     except FileNotFoundError:
         raise starter.missing(one.words[0]) from None
 
     def relay() -> None:
+        out = Terminal(sys.stdout)
         for line in process.stdout:
-            print(f"[{one.host}] {line}", end="", flush=True)
+            out.say(f"[{one.host}] {line.decode(errors='replace').rstrip()}")
 
     running = Running(process, threading.Thread(target=relay, daemon=True))
     running.relay.start()

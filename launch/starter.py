@@ -7,21 +7,19 @@ is the command that would train here, run on every host: `launch.slurm`, `launch
 
 from __future__ import annotations
 
-import contextlib
 import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from absl import flags
 
-from launch import verb
-from tmljax.config import Experiment, UserError, refuse_address
+from launch import training, verb
+from tmljax.config import UserError
+from tmljax.terminal import Terminal
 
-ROOT = Path(__file__).parents[1]
 PORT = 8476  # of the first host, where the processes of a run find one another
 MISTAKE = 2  # exit code: starting again would not help
 AGAIN = 75  # of launch.finished: the training was stopped before its end and goes on when started again
@@ -33,8 +31,7 @@ INSTALLED_WITH = {
     "kubectl": "the Kubernetes client",
     "gcloud": "the Google Cloud SDK",
     "ssh": "OpenSSH",
-    "tar": "the system",
-    "git": "git",
+    "git": "the package of that name",
 }
 
 
@@ -43,8 +40,7 @@ class Command(NamedTuple):
 
     python: str
     flags: tuple[str, ...]
-    workdir: str
-    experiment: Experiment
+    training: training.Training
 
     def words(self, module: str = "launch.train") -> list[str]:
         return [self.python, "-m", module, *self.flags]
@@ -61,33 +57,20 @@ def run(main: Callable[[Sequence[str]], int | None]) -> int:
 
 def command() -> Command:
     """What stands behind `--` on the command line. Raises UserError for anything but a training, and for one that would
-    end with a mistake of its flags or its config, before there are machines, which cost."""
+    end with a mistake in its flags or its config: before there are machines, which cost."""
     match sys.argv[sys.argv.index("--") + 1 :] if "--" in sys.argv else []:
         case [python, "-m", "launch.train", *rest]:
-            return Command(python, tuple(rest), *read_training(rest))
+            try:
+                found = training.read(rest)
+            except UserError as e:
+                raise UserError(f"behind --: {e}") from None
+            if found.experiment is None:
+                say(f"--config={found.config} is not on this machine, so that it is not checked here")
+            return Command(python, tuple(rest), found)
         case []:
             raise UserError("there is nothing to run: end with -- python -m launch.train --config=... --workdir=...")
         case other:
             raise UserError(f"behind -- comes python -m launch.train and its flags, not {shlex.join(other)}")
-
-
-def read_training(words: Sequence[str]) -> tuple[str, Experiment]:
-    """The workdir and the experiment of launch.train, as its flags say. Flags of libraries are left to it."""
-    given = flags.FlagValues()
-    given.set_gnu_getopt()
-    for name in ("config", "workdir"):
-        flags.DEFINE_string(name, None, "", flag_values=given)
-    flags.DEFINE_multi_string("config_field", [], "", flag_values=given)
-    try:
-        given(["launch.train", *verb.rewrite_overrides(words)], known_only=True)
-    except flags.Error as e:
-        raise UserError(f"behind --: {verb.flag_error(e)}") from None
-    for name in ("config", "workdir"):
-        if not given[name].value:
-            raise UserError(f"--{name} is missing behind --")
-    refuse_address("--workdir", given.workdir)
-    with contextlib.chdir(ROOT):  # as it is read on the machines
-        return given.workdir, verb.load_experiment(given.config, given.config_field)
 
 
 class Shell(NamedTuple):
@@ -145,4 +128,4 @@ def persevere(attempt: Callable[[], int], restarts: int, pause: float) -> int:
 
 
 def say(message: str) -> None:
-    print(f"== {message}", file=sys.stderr, flush=True)
+    Terminal(sys.stderr).say(f"== {message}")

@@ -1,20 +1,26 @@
 #!/usr/bin/env bash
 # On each worker, for launch/tpu_vm.py:
+#   idle              leaves with 0 where it does not run, with 79 where it does
 #   start COMMAND...  runs it so that it outlives the connection; nothing where it runs already
 #   follow            prints what it says, until its end, and leaves with its exit code
 #   stop GRACE        asks it to stop, and kills it GRACE seconds on
-# train.log is what it says, train.pid who it is, train.exit how it ended.
+# train.log is what it says, train.pid who it is, since which boot, train.exit how it ended.
 set -u
 # shellcheck source=launch/child.sh
 . "$(dirname "$0")/child.sh"
-running() { { read -r pid <train.pid && kill -0 "$pid"; } 2>/dev/null; }
+boot=$(cat /proc/sys/kernel/random/boot_id) # a pid of before is another's by now
+running() { { read -r pid since <train.pid && [ "$since" = "$boot" ] && kill -0 "$pid"; } 2>/dev/null; }
 
 case $1 in
+  idle)
+    running && exit 79
+    exit 0
+    ;;
   start)
     running && exit
     rm -f train.exit
     nohup bash "$0" run "${@:2}" >>train.log 2>&1 </dev/null &
-    echo $! >train.pid
+    echo "$! $boot" >train.pid
     ;;
   run)
     begin "${@:2}"

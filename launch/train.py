@@ -22,7 +22,7 @@ from absl import flags
 from data_pipelines import builder, loader, manifest, recordings
 from data_pipelines.plan import count_sessions
 from data_pipelines.words import choose_tokenizer, own_tokenizer
-from launch import BEGAN, verb
+from launch import BEGAN, training, verb
 from tmljax import checkpoint, cluster, lineage, pulse
 from tmljax.config import Experiment, UserError
 from tmljax.model.interaction import Definition
@@ -32,12 +32,6 @@ from tmljax.stream.text import Tokenizer
 from tmljax.train.loop import Data, Outcome, Task, train
 from tmljax.train.objective import objective
 from tmljax.train.speed import step_flops
-
-
-def define_flags() -> None:
-    verb.define_config()
-    flags.DEFINE_string("workdir", None, "where checkpoints and metrics go; made if absent", required=True)
-    flags.DEFINE_integer("profile", 0, "steps to trace into WORKDIR/profile, for XProf and TensorBoard", lower_bound=0)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -99,7 +93,7 @@ def prepare_data(experiment: Experiment, workdir: str) -> Tokenizer:
 
 
 if __name__ == "__main__":
-    define_flags()
+    training.define_flags()
     cluster.leave_when_asked()
     with cluster.leaving():
         sys.exit(verb.run(main))

@@ -44,15 +44,19 @@ MISTAKES = {
 }
 
 
-def define_config() -> None:
-    """--config, and --config.a.b=VALUE for any of its fields."""
+def define_config(values: flags.FlagValues | None = None) -> None:
+    """--config, and --config.a.b=VALUE for any of its fields; among `values`, by default those of the process."""
+    values = flags.FLAGS if values is None else values
     flags.DEFINE_string(
         "config",
         None,
         "config file; FILE.py:X hands X to its get_config. Any field is overridden by --config.GROUP.FIELD=VALUE",
         required=True,
+        flag_values=values,
     )
-    flags.DEFINE_multi_string("config_field", [], "the same as --config.GROUP.FIELD=VALUE, as GROUP.FIELD=VALUE")
+    flags.DEFINE_multi_string(
+        "config_field", [], "the same as --config.GROUP.FIELD=VALUE, as GROUP.FIELD=VALUE", flag_values=values
+    )
 
 
 # What serving may set otherwise than training did.
@@ -127,7 +131,7 @@ def run(
         if {"--help", "-h", "-help", "--helpfull", "--helpshort"} & set(argv[1:]):
             print(help_text(main), flush=True)
             return 0
-        return main(parse_flags(keep(rewrite_overrides(argv)))) or 0
+        return main(parse_flags(keep(expand(argv)))) or 0
     except UserError as e:
         return complain(str(e))
     except KeyboardInterrupt:
@@ -159,17 +163,18 @@ def complain(message: str) -> int:
     return 2
 
 
-def parse_flags(argv: Sequence[str]) -> list[str]:
+def parse_flags(argv: Sequence[str], values: flags.FlagValues | None = None) -> list[str]:
     """Returns the name of the program. Raises UserError for unknown flags, impossible values, addresses and nothing in
     place of folders, and what is no flag."""
+    values = flags.FLAGS if values is None else values
     try:
-        program, *rest = flags.FLAGS(argv)
+        program, *rest = values(argv)
     except flags.Error as e:
         raise UserError(f"{flag_error(e)}; see --help") from None
     if rest:
         raise UserError(f"{rest[0]!r} is not a flag; see --help")
-    for name in flags.FLAGS:
-        value = flags.FLAGS[name].value
+    for name in values:
+        value = values[name].value
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"--{name}={value} must be a finite number")
         if name in WRITTEN:
@@ -199,9 +204,14 @@ def words_of(flag: str) -> list[str]:
         raise UserError(f"--{flag}={value} is no list of words: {e}") from None
 
 
-def rewrite_overrides(argv: Sequence[str]) -> list[str]:
-    """--config.a.b=v, which absl has no flag for, as --config_field=a.b=v; also in the form --config.a.b v."""
-    rewritten, rest = [], iter(argv)
+def expand(argv: Sequence[str]) -> list[str]:
+    """With what stands in a --flagfile, and --config.a.b=v, which absl has no flag for, as --config_field=a.b=v; also
+    in the form --config.a.b v."""
+    try:
+        rest = iter([argv[0], *flags.FlagValues().read_flags_from_files(argv[1:])])
+    except flags.Error as e:
+        raise UserError(f"{flag_error(e)}; see --help") from None
+    rewritten = []
     for argument in rest:
         match = OVERRIDE.fullmatch(argument)
         if match is None:
@@ -219,7 +229,7 @@ def help_text(main: Callable[..., Any]) -> str:
     lines = [(module.__doc__ or "").strip(), "", "flags:"]
     for name in sorted(flags.FLAGS):
         flag = flags.FLAGS[name]
-        if flags.FLAGS.find_module_defining_flag(name) in (sys.argv[0], module.__name__, __name__):
+        if flags.FLAGS.find_module_defining_flag(name) in (sys.argv[0], module.__name__, __name__, "launch.training"):
             told = flag.default not in (None, []) and flag.default is not False  # 0 is told
             default = f" (default: {flag.default_as_str})" if told else ""
             lines.append(f"  --{name}: {flag.help}{default}")

@@ -20,6 +20,7 @@ LAYERS = {
     "tmljax.files": 0,
     "tmljax.quiet": 0,
     "tmljax.storage": 0,
+    "tmljax.terminal": 0,
     "tmljax.stream": 1,
     "tmljax.ops": 1,
     "tmljax.model": 2,

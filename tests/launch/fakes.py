@@ -98,6 +98,7 @@ elif verb == "ssh":
     code, text = answer(question, (None, ""))
     if code is not None:
         give(code, text)
+    os.makedirs(machine, exist_ok=True)
     os.chdir(machine)
     os.execvp("bash", ["bash", "-c", flags["command"]])
 give(*answer(verb))

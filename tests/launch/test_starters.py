@@ -14,14 +14,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 import tomllib
 from pathlib import Path
 
 import pytest
 
-from launch import tpu_vm, verb
-from launch.starter import read_training
+from launch import tpu_vm, training, verb
+from launch.starter import Shell
 from tests.launch.fakes import (
     ANSWER,
     FINISHED,
@@ -40,6 +41,7 @@ from tests.launch.fakes import (
     wait_for,
 )
 from tmljax import checkpoint, sharding
+from tmljax.config import Experiment, UserError
 
 PROGRAM = {"slurm": "sbatch", "gke": "kubectl", "tpu_vm": "gcloud", "ssh": "ssh"}
 
@@ -105,13 +107,16 @@ def test_a_mistake_on_the_command_line_is_one_line(tmp_path, words, complaint):
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [
-        (["--workdir=/shared/run"], "--config is missing behind --"),
-        (["--config=configs/smoke.py"], "--workdir is missing behind --"),
+        (["--workdir=/shared/run"], "behind --: --config is missing"),
+        (["--config=configs/smoke.py"], "behind --: --workdir is missing"),
         (["--config=configs/smok.py", "--workdir=/shared/run"], "did you mean configs/smoke.py?"),
         ([*FLAGS, "--config.train.step=5"], "config.train.step does not exist; did you mean steps?"),
         ([*FLAGS, "--config.data.batch", "none"], "config.data.batch"),
         ([*FLAGS, "--config.train.steps"], "--config.train.steps needs a value"),
         ([*FLAGS, "--flagfile=/nowhere"], "--flagfile=/nowhere cannot be read: No such file or directory"),
+        ([*FLAGS, "--profil=3"], "--profil does not exist; did you mean --profile?"),
+        ([*FLAGS, "--profile=x"], "profile"),
+        ([*FLAGS, "stray"], "'stray' is not a flag"),
     ],
 )
 def test_a_training_that_would_end_with_a_mistake_is_not_started(tmp_path, starter, flags, complaint):
@@ -121,13 +126,23 @@ def test_a_training_that_would_end_with_a_mistake_is_not_started(tmp_path, start
 
 
 def test_the_flags_of_a_training_are_read_as_it_reads_them(tmp_path):
-    (tmp_path / "flags.txt").write_text("--config=configs/smoke.py\n--config_field=train.steps=7\n")
+    (tmp_path / "flags.txt").write_text("--config=configs/smoke.py\n--config.train.steps=7\n")
     file = f"--flagfile={tmp_path}/flags.txt"
     foreign = ["--a_flag_of_a_library=5", "--verbosity", "1", "--profile=3"]
-    workdir, experiment = read_training(
+    read = training.read(
         [file, *foreign, "--workdir", "/a", "--config.data.batch", "24", "-config_field=data.batch=16", "--workdir=/b"]
     )
-    assert (workdir, experiment.train.steps, experiment.data.batch) == ("/b", 7, 16)
+    assert (read.workdir, read.experiment.train.steps, read.experiment.data.batch) == ("/b", 7, 16)
+    assert read.places() == {"workdir": "/b", "config.data.root": "data"}
+
+
+@pytest.mark.parametrize("starter", STARTERS)
+def test_a_config_that_only_the_machines_have_is_left_to_them(tmp_path, starter):
+    far = ["--config=/shared/mine.py", "--workdir=/shared/run", "--config.of.it=3"]
+    done = Fakes(tmp_path).start(starter, *STARTERS[starter], "--dry-run", "--", "python", "-m", "launch.train", *far)
+    assert done.returncode == 0
+    assert "--config=/shared/mine.py is not on this machine, so that it is not checked here" in done.stderr
+    assert far[0] in done.stdout
 
 
 @pytest.mark.parametrize("place", ["--workdir=runs/a", "--config.data.root=data"])
@@ -350,7 +365,7 @@ def test_a_tpu_vm_that_trains_already_is_followed_and_its_failure_stops_the_othe
     machine = cloud.folder / "machine" / "tmljax"
     shutil.copytree(ROOT / "launch", machine / "launch")
     (machine / ".venv" / "bin").mkdir(parents=True)
-    (machine / ".venv" / ".installed").touch()
+    (machine / ".venv" / ".installed").write_text(tpu_vm.Files.tracked(Shell(dry=False)).digest)
     (machine / ".venv" / "bin" / "python").symlink_to(cloud.folder / "bin" / "python")
     cloud.answers("describe", (0, READY))
     cloud.answers("launch.train", (9, "boom\n"), (0, "trained\n"))
@@ -367,11 +382,88 @@ def test_a_tpu_vm_whose_installation_failed_is_installed_again(cloud):
     cloud.answers("describe", (0, READY))
     pip = cloud.folder / "bin" / "pip"
     pip.write_text(pip.read_text() + "\nimport sys\nsys.exit(0 if answer('pip', (0, ''))[0] == 0 else 1)\n")
-    cloud.answers("pip", (1, ""), (0, ""))
+    cloud.answers("pip", (1, ""), (2, ""), (0, ""))  # 2 of pip is no mistake of the user's
     done = cloud.start(*tpu())
     assert done.returncode == 0, done.stderr
-    fill = ["describe", "ssh", "scp", "ssh setup-ran"]
-    assert verbs(cloud) == [*fill, *fill, "describe", "ssh start", "ssh follow", "ssh launch.finished"]
+    fill = ["describe", "ssh", "ssh", "scp", "ssh setup-ran"]
+    assert verbs(cloud) == [*fill, *fill, *fill, "describe", "ssh start", "ssh follow", "ssh launch.finished"]
+
+
+@pytest.fixture
+def trained(cloud):
+    """A slice on which a training runs, with other files than those here."""
+    cloud.answers("describe", (0, READY))
+    machine = cloud.folder / "machine" / "tmljax"
+    shutil.copytree(ROOT / "launch", machine / "launch")
+    (machine / ".venv" / "bin").mkdir(parents=True)
+    (machine / ".venv" / "bin" / "python").symlink_to(cloud.folder / "bin" / "python")
+    (cloud.folder / "train.waits").touch()
+    subprocess.run(["bash", "launch/tpu_vm.sh", "start", *TRAIN], cwd=machine, env=cloud.environment, check=True)
+    wait_for((cloud.folder / "train.started").exists)
+    yield machine
+    subprocess.run(["bash", "launch/tpu_vm.sh", "stop", "20"], cwd=machine, env=cloud.environment, check=True)
+
+
+def test_nothing_is_copied_beneath_a_training_that_runs(cloud, trained):
+    cloud.answers("follow", (255, ""), (0, ""))
+    done = cloud.start(*tpu("--restarts=1"))
+    assert done.returncode == 0, done.stderr
+    assert "demo trains with other files than those here; it goes on with them" in done.stderr
+    assert not {"scp", "ssh setup-ran"} & set(verbs(cloud))
+    assert len(train_calls(cloud)) == 1
+    assert not (trained / tpu_vm.INSTALLED).exists()
+
+
+def test_a_connection_that_is_lost_is_no_missing_installation(cloud):
+    cloud.answers("describe", (0, READY))
+    cloud.answers("ssh", (255, ""))
+    assert cloud.start(*tpu("--restarts=1")).returncode == 255
+    assert set(verbs(cloud)) == {"describe", "ssh"}
+
+
+def test_a_pid_of_before_the_last_boot_is_nobodys(cloud, trained):
+    def idle():
+        words = ["bash", "launch/tpu_vm.sh", "idle"]
+        return subprocess.run(words, cwd=trained, env=cloud.environment, check=False).returncode == 0
+
+    assert not idle()
+    noted = (trained / "train.pid").read_text()
+    (trained / "train.pid").write_text(f"{noted.split()[0]} another-boot\n")
+    assert idle()
+    (trained / "train.pid").write_text(noted)
+
+
+def test_the_project_is_named_in_every_call(cloud):
+    cloud.answers("describe", (0, json.dumps({"state": "TERMINATED"})), (0, READY))
+    (cloud.folder / "machine").mkdir()
+    done = cloud.start(*tpu("--project=mine", "--restarts=1"))
+    assert done.returncode == 0, done.stderr
+    assert {call["argv"][3] for call in cloud.calls("gcloud")} == {"list", "describe", "delete", "create", "scp", "ssh"}
+    assert all("--project=mine" in call["argv"] for call in cloud.calls("gcloud"))
+    assert re.search(r"delete demo .*--project=mine", done.stderr)
+
+
+def test_what_git_would_track_is_packed_and_has_a_digest(tmp_path, monkeypatch):
+    monkeypatch.setattr(tpu_vm, "ROOT", tmp_path / "clone")
+    shell, clone = Shell(dry=False), tmp_path / "clone"
+    clone.mkdir()
+    with pytest.raises(UserError, match=r"git lists no files of .*clone; start from a clone"):
+        tpu_vm.Files.tracked(shell)
+    subprocess.run(["git", "init", "--quiet", str(clone)], check=True)
+    for name, text in {"a b.py": "1", "gone.py": "2", ".gitignore": "runs\n", "runs": "big"}.items():
+        (clone / name).write_text(text)
+    subprocess.run(["git", "-C", str(clone), "add", "gone.py"], check=True)
+    (clone / "gone.py").unlink()
+    files = tpu_vm.Files.tracked(shell)
+    files.pack(tmp_path / "archive")
+    with tarfile.open(tmp_path / "archive") as archive:
+        assert archive.getnames() == list(files.names) == [".gitignore", "a b.py"]
+    (clone / "a b.py").write_text("3")
+    assert tpu_vm.Files.tracked(shell).digest != files.digest
+    for config in ("runs", "/elsewhere/x.py"):
+        with pytest.raises(UserError, match="is not copied to the workers"):
+            tpu_vm.check_config(training.Training("/w", config, Experiment()), files)
+    tpu_vm.check_config(training.Training("/w", "a b.py", Experiment()), files)
 
 
 def test_the_setup_of_a_worker_comes_before_the_installation_and_may_bring_its_python(cloud):
@@ -399,7 +491,7 @@ def test_a_worker_whose_python_is_older_is_no_reason_to_try_again(cloud, python,
     assert done.returncode == 2
     assert f"error: tmljax needs Python 3.11 or newer, and {python} of demo is older or not there; " in done.stderr
     assert "demo still exists, and costs" in done.stderr
-    assert verbs(cloud) == ["describe", "ssh", "scp", "ssh setup-ran"]
+    assert verbs(cloud) == ["describe", "ssh", "ssh", "scp", "ssh setup-ran"]
     assert not cloud.calls("pip")
 
 

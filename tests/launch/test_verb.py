@@ -39,7 +39,7 @@ def no_flags(monkeypatch):
     monkeypatch.setattr(flags, "FLAGS", values)
     define = {"DEFINE_string": flags.DEFINE_string, "DEFINE_multi_string": flags.DEFINE_multi_string}
     for name, function in define.items():
-        monkeypatch.setattr(flags, name, lambda *a, f=function, **k: f(*a, flag_values=values, **k))
+        monkeypatch.setattr(flags, name, lambda *a, f=function, **k: f(*a, **{"flag_values": values, **k}))
     return values
 
 

@@ -138,7 +138,7 @@ if __name__ == "__main__":
 
     def main(argv: list[str]) -> int:
         workdir, steps, delay = argv[1], int(argv[2]), float(argv[3]) if len(argv) > 3 else 0.0
-        settings = experiment(steps)
+        settings = experiment(steps, train={"log_every": int(argv[4])} if len(argv) > 4 else {})
         outcome = run(workdir, settings, Source(settings.data.batch, delay))
         return 130 if outcome.signal is not None and outcome.signal.name == "SIGINT" else 0
 

@@ -19,6 +19,7 @@ from tensorboardX.proto import event_pb2, summary_pb2
 from tqdm import tqdm
 
 from tmljax import files
+from tmljax.terminal import Terminal
 
 FILE = "metrics.jsonl"
 TIME = "time/"
@@ -79,10 +80,10 @@ def keep_rows(path: Path, step: int) -> None:
 
 
 class Progress:
-    """A bar on a terminal, else one line a row."""
+    """A bar on a terminal, else one line a row. The run goes on when nobody reads them any more."""
 
     def __init__(self, first: int, last: int, out: TextIO | None = None):
-        self._out = sys.stderr if out is None else out
+        self._out = Terminal(sys.stderr if out is None else out)
         self._last, self._done, self._began = last, 0, 0.0
         self._bar = (
             tqdm(total=last, initial=first, desc="training", unit="step", file=self._out, dynamic_ncols=True)
@@ -92,7 +93,7 @@ class Progress:
 
     def advance(self) -> None:
         if not self._done:
-            self._began = time.perf_counter()  # the first step compiled
+            self._began = time.perf_counter()
         self._done += 1
         if self._bar is not None:
             self._bar.update()
@@ -109,13 +110,13 @@ class Progress:
             return
         step, took = int(row["step"]), time.perf_counter() - self._began
         left = f"{clock(took / (self._done - 1) * (self._last - step))} left" if self._done > 1 else "compiled"
-        print(f"step {step}/{self._last}: {text}, {left}", file=self._out, flush=True)
+        self._out.say(f"step {step}/{self._last}: {text}, {left}")
 
     def say(self, text: str) -> None:
         """A line of its own."""
         if self._bar is not None:
             self._bar.clear()
-        print(text, file=self._out, flush=True)
+        self._out.say(text)
 
     def close(self) -> None:
         if self._bar is not None:

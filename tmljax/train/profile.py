@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 FOLDER = "profile"
-SETTLE = 3  # steps before the traced ones: the first compiles
+SETTLE = 3  # steps before the traced ones: the first are slower
 
 
 class Profile:
