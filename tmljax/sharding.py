@@ -300,6 +300,20 @@ def whole(weight: jax.Array, mesh: jax.sharding.Mesh | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(weight, replicated(mesh))
 
 
+def look_up(table: jax.Array, index: jax.Array, mesh: jax.sharding.Mesh | None) -> jax.Array:
+    """Rows [B, T, ..., D] of a table ("vocab", "embed").
+
+    Within a group along `data` each device takes the part of the rows that it holds, of all the group's examples. Not
+    told so, XLA gathers the gradients of all groups' examples over the slowest network, to add them up in each.
+    """
+    rows = table[index]
+    if mesh is None or mesh.shape["data"] == 1:
+        return rows
+    between = (None,) * (rows.ndim - 3)
+    held = NamedSharding(mesh, PartitionSpec("data", "context", *between, PLACEMENT["embed"].axes))
+    return spread(jax.lax.with_sharding_constraint(rows, held), mesh)
+
+
 def process_rows(mesh: jax.sharding.Mesh, batch: int, process: int | None = None) -> np.ndarray:
     """Which rows of a batch a process reads, this one by default: those of its devices, in ascending order.
 

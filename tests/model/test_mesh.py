@@ -1,6 +1,7 @@
 """Every mesh computes the same thing: loss, metrics and every gradient equal the one-device run."""
 
 import itertools
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -10,6 +11,7 @@ import pytest
 
 from tmljax import config
 from tmljax.model.interaction import Definition, recalled_of
+from tmljax.plan import hlo
 from tmljax.sharding import AXES, batch_sharding, make_mesh, param_shardings
 from tmljax.stream.microturn import ABSENT
 from tmljax.train import objective as objectives
@@ -70,14 +72,19 @@ def test_notes_bring_back_words_of_other_shards(batch):
 
 def run(params, batch, mesh=None, model=MODEL):
     """(loss, metrics, routing, gradients), as the training step has them."""
+    step, params, batch = prepare(params, batch, mesh, model)
+    (loss, (metrics, routing)), grads = step(params, batch=batch, key=jax.random.key(3))
+    return jax.tree.map(np.asarray, (loss, metrics, routing, grads))
+
+
+def prepare(params, batch, mesh=None, model=MODEL):
+    """(the step, params and batch in their places)."""
     definition = Definition(STREAM, model)
     if mesh is not None:
         params = jax.device_put(params, param_shardings(mesh, definition.axes(), definition.abstract()))
         batch = jax.device_put(batch, batch_sharding(mesh))
     step = jax.value_and_grad(partial(objective, definition, weights=config.Loss(), mesh=mesh), has_aux=True)
-    quick = jax.jit(step, compiler_options={"xla_backend_optimization_level": 0})
-    (loss, (metrics, routing)), grads = quick(params, batch=batch, key=jax.random.key(3))
-    return jax.tree.map(np.asarray, (loss, metrics, routing, grads))
+    return jax.jit(step, compiler_options={"xla_backend_optimization_level": 0}), params, batch
 
 
 @pytest.fixture(scope="module")
@@ -181,3 +188,15 @@ def test_a_session_half_as_long_gives_the_load_of_its_half(params, batch, monkey
     clear = replace(MODEL, flow=replace(MODEL.flow, feedback_noise=0.0))
     loads = [run(params, b, model=clear)[2].load_LE for b in (half, whole)]
     np.testing.assert_allclose(loads[1], loads[0], rtol=1e-6)
+
+
+def test_copies_of_the_model_gather_no_activations_from_each_other(params, batch):
+    """Between them there may be the slowest network, for which the sums of gradients are enough. XLA:CPU has its own
+    `top_k`, which takes all rows at once."""
+    mesh = make_mesh(config.Mesh(data=2, fsdp=2, expert=2))
+    step, params, batch = prepare(params, batch, mesh)
+    text = step.lower(params, batch=batch, key=jax.random.key(3)).compile().as_text()
+    gathers = re.findall(r" = b?f\d+\[.* all-gather(?:-start)?\((.*)", text)
+    axes = [hlo.axis_of(hlo.first_group(attributes), mesh.shape) for attributes in gathers if "top_k" not in attributes]
+    assert "fsdp+expert" in axes  # weights are
+    assert not [axis for axis in axes if "data" in axis]

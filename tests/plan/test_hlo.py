@@ -162,11 +162,19 @@ def test_traffic_counts_slices_for_their_size_and_nothing_that_stays_on_chip(pro
         ("replica_groups=[2,2]<=[2,2]T(1,0)", (0, 2)),
         ("replica_groups=[2,2]<=[4]", (0, 1)),
         ("replica_groups=mesh['x'=2,'y'=1,'z'=2] {'x'}", (0, 2)),
+        ("replica_groups=mesh['x'=4,'y'=2], device_ids=([2,4]T(1,0)) {'x'}", (0, 1, 2, 3)),
+        ("replica_groups=mesh['x'=4,'y'=1,'z'=2], device_ids=([2,4]T(1,0)) {'y','z'}", (0, 4)),
+        ("channel_id=1, replica_groups={}", ()),
         ("channel_id=1", ()),
     ],
 )
 def test_groups_of_devices_in_each_way_that_xla_writes_them(text, members):
     assert hlo.first_group(text) == members
+
+
+def test_groups_in_a_way_that_is_new_are_not_passed_over():
+    with pytest.raises(ValueError, match="not known here"):
+        hlo.first_group("replica_groups=V2(0-7)")
 
 
 @pytest.mark.parametrize(("pair", "shift"), [((0, 1), 1), ((2, 0), 1), ((1, 7), 3), ((8, 0), 1), ((0, 14), 7)])

@@ -28,7 +28,7 @@ from tmljax.model.heads import FlowHead, TextHead
 from tmljax.model.params import constant, dense
 from tmljax.model.recall import recall_sequence
 from tmljax.model.trunk import Trunk
-from tmljax.sharding import spread
+from tmljax.sharding import look_up, spread
 from tmljax.stream.dmel import BIN_WIDTH, LOG_LOW
 from tmljax.stream.microturn import ABSENT, BINS, SEEN_WORDS, Layout, is_word
 
@@ -72,26 +72,26 @@ class InteractionModel(nnx.Module):
     def embed_video(self, patch_BNPX: jax.Array) -> jax.Array:
         return self._place(self.patches(patch_BNPX), self.layout.user_audio)
 
-    def embed_user_text(self, token_BTS: jax.Array) -> jax.Array:
-        return self._place(self.tokens[...][token_BTS], self.layout.user_audio + self.layout.user_video)
+    def embed_user_text(self, token_BTS: jax.Array, mesh: Mesh | None = None) -> jax.Array:
+        return self._place(look_up(self.tokens[...], token_BTS, mesh), self.layout.user_audio + self.layout.user_video)
 
-    def embed_model_text(self, token_BTS: jax.Array, slot: int = 0) -> jax.Array:
-        return self._place(self.tokens[...][token_BTS], self.layout.inputs + slot)
+    def embed_model_text(self, token_BTS: jax.Array, slot: int = 0, mesh: Mesh | None = None) -> jax.Array:
+        return self._place(look_up(self.tokens[...], token_BTS, mesh), self.layout.inputs + slot)
 
     def embed_model_audio(
         self, mel_BTFM: jax.Array, note_BTK: jax.Array, recalled_BTK: jax.Array, mesh: Mesh | None = None
     ) -> jax.Array:
         """The notes (`notes_of`), and what they bring back, are read with the last slot."""
         x_BTSD = self.model_dmel(quantise(mel_BTFM), mesh)
-        last_BT1D = x_BTSD[:, :, -1:] + self.embed_notes(note_BTK, recalled_BTK)[:, :, None]
+        last_BT1D = x_BTSD[:, :, -1:] + self.embed_notes(note_BTK, recalled_BTK, mesh)[:, :, None]
         x_BTSD = jnp.concatenate([x_BTSD[:, :, :-1], last_BT1D], axis=2)
         return self._place(x_BTSD, self.layout.inputs + self.layout.model_text)
 
-    def embed_notes(self, note_BTK: jax.Array, recalled_BTK: jax.Array) -> jax.Array:
+    def embed_notes(self, note_BTK: jax.Array, recalled_BTK: jax.Array, mesh: Mesh | None = None) -> jax.Array:
         word_BTR = jnp.concatenate([note_BTK, recalled_BTK], axis=2)
         sense_R = np.array([HEARD] + [SEEN] * SEEN_WORDS + [RECALLED_HEARD] + [RECALLED_SEEN] * SEEN_WORDS)
         sense_RD, scale_RD = self.senses[...][sense_R], 1 + self.sense_scales[...][sense_R]
-        x_BTRD = self.tokens[...][word_BTR] * scale_RD[None, None] + sense_RD[None, None]
+        x_BTRD = look_up(self.tokens[...], word_BTR, mesh) * scale_RD[None, None] + sense_RD[None, None]
         return jnp.sum(jnp.where(is_word(word_BTR)[..., None], x_BTRD, 0), axis=2)
 
     def embed_slot_of_speech(self, mel_NfM: jax.Array, slot: int) -> jax.Array:
@@ -100,10 +100,10 @@ class InteractionModel(nnx.Module):
         first = self.layout.inputs + self.layout.model_text + slot
         return (x_NSD + self.slots[first][None, None]).astype(self.model.dtype)
 
-    def condition(self, z_D: jax.Array, token: jax.Array) -> jax.Array:
+    def condition(self, z_D: jax.Array, token: jax.Array, mesh: Mesh | None = None) -> jax.Array:
         """Of the flow head for a micro-turn's first speech slot: the state that predicted the last text token, and
         that token."""
-        return z_D + self.tokens[...][token].astype(z_D.dtype)
+        return z_D + look_up(self.tokens[...], token, mesh).astype(z_D.dtype)
 
     def _place(self, x_BTSD: jax.Array, first: int) -> jax.Array:
         slot_SD = self.slots[first : first + x_BTSD.shape[2]]
@@ -117,8 +117,8 @@ class InteractionModel(nnx.Module):
         B, T = batch["user_present"].shape
         streams = (
             self.embed_user_audio(batch["user_dmel"], mesh),
-            self.embed_user_text(batch["user_text"]),
-            self.embed_model_text(batch["model_text"]),
+            self.embed_user_text(batch["user_text"], mesh),
+            self.embed_model_text(batch["model_text"], mesh=mesh),
             self.embed_model_audio(batch["model_mel"], notes_of(batch), recalled_BTK, mesh),
         )
         present = (
@@ -159,7 +159,8 @@ class InteractionModel(nnx.Module):
         z_BTRD, z_BNSD = self._take_frames(z_BPD, turns)
         first, texts = self.layout.inputs - self.layout.user_video, self.layout.model_text
         text_BTSV = self.text_head(z_BTRD[:, :, first - 1 : first + texts - 1])
-        condition_BT1D = self.condition(z_BTRD[:, :, first + texts - 2], batch["model_text"][:, :, -1])[:, :, None]
+        token_BT = batch["model_text"][:, :, -1]
+        condition_BT1D = self.condition(z_BTRD[:, :, first + texts - 2], token_BT, mesh)[:, :, None]
         condition_BTSD = jnp.concatenate([condition_BT1D, z_BTRD[:, :, first + texts : -1]], axis=2)
         heard_BTV, seen_BNV = self.notes_head(z_BTRD[:, :, first - 1]), self.notes_head(z_BNSD[:, :, -1])
         return Outputs(text_BTSV, condition_BTSD, heard_BTV, seen_BNV, moe)

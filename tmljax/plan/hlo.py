@@ -21,6 +21,7 @@ WIDTHS |= {"s64": 8, "u64": 8, "f64": 8, "s4": 0.5, "u4": 0.5}
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\](?:\{[^}]*?(S\(\d+\))?\})?")
+IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
 HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*)$")
 CALLED = re.compile(r"(?:calls|body|to_apply|called_computations|branch_computations)=\{?(%[\w.\-]+(?:, *%[\w.\-]+)*)")
@@ -299,23 +300,31 @@ def closing(text: str, start: int) -> int:
 
 
 def first_group(attributes: str) -> tuple[int, ...]:
-    """Devices of the group that holds device 0, of any of the ways in which XLA writes groups."""
+    """Devices of the group that holds device 0, of any of the ways in which XLA writes groups; none where it names no
+    groups. Raises ValueError for a way that is new."""
     listed = re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}", attributes)
     if listed:
         return tuple(map(int, listed[1].split(",")))
-    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
+    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=" + IOTA, attributes)
     if iota:
-        dims = tuple(map(int, iota[3].split(",")))
-        order = tuple(map(int, iota[4].split(","))) if iota[4] else tuple(range(len(dims)))
-        ids = np.arange(math.prod(dims)).reshape(dims).transpose(order).reshape(int(iota[1]), int(iota[2]))
+        ids = iota_of(iota[3], iota[4]).reshape(int(iota[1]), int(iota[2]))
         return tuple(int(i) for i in next(row for row in ids if 0 in row))
-    named = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes)
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(" + IOTA + r"\))? \{([^}]*)\}", attributes)
     if named:
         sizes = {axis: int(size) for axis, size in re.findall(r"'([^']+)'=(\d+)", named[1])}
-        taken = re.findall(r"'([^']+)'", named[2])
-        ids = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+        taken = re.findall(r"'([^']+)'", named[4])
+        ids = iota_of(named[2] or str(math.prod(sizes.values())), named[3]).reshape(tuple(sizes.values()))
         return tuple(int(i) for i in ids[tuple(slice(None) if axis in taken else 0 for axis in sizes)].ravel())
+    if re.search(r"replica_groups=(?!\{\})", attributes):
+        raise ValueError(f"groups of devices in a way that is not known here: {attributes}")
     return ()
+
+
+def iota_of(dims: str, order: str | None) -> np.ndarray:
+    """0, 1, 2, ... in an array of these `dims`, which are transposed in this `order`, all as XLA writes them."""
+    sizes = tuple(map(int, dims.split(",")))
+    ids = np.arange(math.prod(sizes)).reshape(sizes)
+    return ids.transpose(tuple(map(int, order.split(",")))) if order else ids
 
 
 def shift_of(pair: Sequence[int], axes: Mapping[str, int]) -> int:
