@@ -105,7 +105,7 @@ def build(
         if files.is_full(e):
             raise UserError(f"the disk is full: free space for {home} and run again, what is there is kept") from None
         raise UserError(f"cannot write {home}: {e.strerror or e}") from None
-    counts = json.loads((home / "summary.json").read_text())
+    counts = read_counts(experiment)
     return Summary(home, counts["sessions"], counts["seconds"], rendered, time.monotonic() - began)
 
 
@@ -158,9 +158,7 @@ def refuse_another(experiment: Experiment) -> bool:
     try:
         found = dict(json.loads(path.read_text()))
     except (ValueError, TypeError):
-        raise UserError(
-            f"{path} is damaged; delete {home} and run the same command again, which builds it anew"
-        ) from None
+        raise records.damage(home, "its build.json cannot be read") from None
     differing = [name for name in wanted if found.get(name) != wanted[name]]
     if differing:
         fields = ", ".join(
@@ -237,7 +235,7 @@ class Sessions(Sequence[Session]):
             raise IndexError(index)
         if self._source is None:
             self._source = Duplex(folder(self._experiment), self._experiment.stream).as_data_source(self._split)
-        return records.decode(self._source[index % self._length])
+        return records.read(self._source, index % self._length, folder(self._experiment))
 
     def fingerprint(self) -> str:
         """Of the records; see data_pipelines/records.py."""
@@ -264,7 +262,14 @@ def refuse_damaged(experiment: Experiment) -> None:
     home = folder(experiment)
     damaged = Duplex(home, experiment.stream).damaged(SPLITS)
     if damaged:
-        raise UserError(
-            f"{home} has lost files of its splits {', '.join(damaged)}, or parts of them; delete it and run "
-            "python -m launch.data with this config, which builds the same again"
-        )
+        raise records.damage(home, f"it has lost files of its splits {', '.join(damaged)}, or parts of them")
+
+
+def read_counts(experiment: Experiment) -> dict[str, Any]:
+    """What summary.json holds: sessions and seconds of each split and family, and the words of training. Raises
+    UserError where it is damaged."""
+    home = folder(experiment)
+    try:
+        return dict(json.loads((home / "summary.json").read_text()))
+    except (ValueError, TypeError):
+        raise records.damage(home, "its summary.json cannot be read") from None

@@ -162,9 +162,10 @@ class Loader(Iterator[Streams]):
         """Continues with the batch that would have come. Raises UserError where the data is not the same."""
         for name, value in self._identity.items():
             if state.get(name, value if name == "content" else None) != value:  # older checkpoints have no content
+                damaged = ", which launch.data builds the same again if it was damaged," if name == "content" else ""
                 raise UserError(
                     f"the checkpoint was trained on other data: its {name} was {state.get(name)}, "
-                    f"now it is {value}; bring the data and seed back or train in a new workdir"
+                    f"now it is {value}; bring the data{damaged} and the seed back or train in a new workdir"
                 )
         self.close()
         self._examples = int(state["examples"])

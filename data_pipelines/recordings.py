@@ -125,9 +125,7 @@ def open_manifest(manifest: str, experiment: Experiment, split: str) -> Records:
     """
     home = prepare(manifest, experiment)
     if Recorded(home, experiment.stream).damaged([SPLIT]):
-        raise UserError(
-            f"{home} has lost files, or parts of them; delete it and run the same command again, which imports anew"
-        )
+        raise records.damage(home, "it has lost files, or parts of them")
     return Records(home, experiment.stream, split)
 
 
@@ -145,7 +143,7 @@ class Records(Sequence[Session]):
     def __getitem__(self, index: int) -> Session:
         if self._source is None:
             self._source = Recorded(self._home, self._stream).as_data_source(SPLIT)
-        return records.decode(self._source[self._numbers[index]])
+        return records.read(self._source, self._numbers[index], self._home)
 
     def fingerprint(self) -> str:
         """Of the records; see data_pipelines/records.py."""

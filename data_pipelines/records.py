@@ -16,12 +16,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 import tensorflow_datasets as tfds
+from google.protobuf import json_format
 from tensorflow_datasets.core import dataset_builder, example_serializer, file_adapters
 from tensorflow_datasets.core import splits as tfds_splits
 from tensorflow_datasets.core import writer as tfds_writer
 
 from tmljax import files
-from tmljax.config import Stream
+from tmljax.config import Stream, UserError
 from tmljax.stream.microturn import MEL
 from tmljax.stream.record import Session, Word
 
@@ -133,10 +134,23 @@ def write(path: Path, sessions: Iterable[Session], stream: Stream) -> int:
         raise
 
 
+def read(source: Sequence[dict[str, Any]], index: int, home: str | os.PathLike[str]) -> Session:
+    """A record of the dataset in the folder `home`. Raises UserError where its bytes are not those written."""
+    try:
+        return decode(source[index])
+    except RuntimeError as e:  # of ArrayRecord, whose chunks have hashes
+        raise damage(home, f"its records cannot be read ({str(e).splitlines()[0]})") from None
+
+
+def damage(home: str | os.PathLike[str], what: str) -> UserError:
+    return UserError(f"{home} is damaged: {what}; delete it and run the same command again, which makes the same anew")
+
+
 class Dataset(dataset_builder.FileReaderBuilder, skip_registration=True):
     """Files of records that TFDS takes over as its own: it would buffer and sort them, for which it needs TensorFlow.
 
-    `staged` are the files of each split in order, and how many records each has.
+    `staged` are the files of each split in order, and how many records each has. Raises UserError where what TFDS
+    wrote about them is damaged.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -146,7 +160,10 @@ class Dataset(dataset_builder.FileReaderBuilder, skip_registration=True):
         self, home: Path, stream: Stream, staged: Mapping[str, Sequence[tuple[Path, int]]] | None = None, **options: Any
     ) -> None:
         self._stream, self._staged = stream, staged
-        super().__init__(data_dir=os.fspath(home), file_format="array_record", **options)
+        try:
+            super().__init__(data_dir=os.fspath(home), file_format="array_record", **options)
+        except (json_format.ParseError, ValueError):
+            raise damage(home, "its dataset_info.json or features.json cannot be read") from None
 
     def _info(self) -> tfds.core.DatasetInfo:
         described = features(self._stream.video_height, self._stream.video_width)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -29,7 +28,7 @@ def choose_tokenizer(experiment: Experiment) -> Tokenizer:
         return Tokenizer.load(builder.tokenizer_path(experiment))
     counts: Counter[str] = Counter()
     if manifest.parse_manifests(experiment.data.recordings).get(manifest.SYNTHETIC, 1.0):
-        counts.update(json.loads((builder.folder(experiment) / "summary.json").read_text())["words"])
+        counts.update(builder.read_counts(experiment)["words"])
     for path in recorded:
         for one in manifest.read_manifest(path, experiment.stream):
             spoken = (*one.model_words, *(one.user_words or ()))

@@ -89,6 +89,7 @@ class Options:
 
 
 def main(argv: Sequence[str]) -> None:
+    cluster.refuse_many("launch.evaluate")
     verb.refuse_file("output")
     given = {f.name: flags.FLAGS[f.name].value for f in dataclasses.fields(Options) if f.name in flags.FLAGS}
     evaluate(Options(**given | {"overrides": verb.overrides(DATA)}))

@@ -17,7 +17,7 @@ from pathlib import Path
 from absl import flags
 
 from launch import verb
-from tmljax import checkpoint
+from tmljax import checkpoint, cluster
 from tmljax.serve import export
 
 
@@ -29,6 +29,7 @@ def define_flags() -> None:
 
 
 def main(argv: Sequence[str]) -> None:
+    cluster.refuse_many("launch.export")
     given = flags.FLAGS
     export_workdir(given.workdir, given.output, given.sessions, given.step, verb.overrides())
 

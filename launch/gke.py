@@ -106,8 +106,10 @@ def pairs(flag: str, between: str, right: str = "VALUE") -> dict[str, str]:
     found = {}
     for item in flags.FLAGS[flag].value:
         name, separator, value = item.partition(between)
-        if not (name and separator and value):
+        if not (name and separator and value) or (right.startswith("/") and not value.startswith("/")):
             raise UserError(f"--{flag}={item} must be NAME{between}{right}")
+        if name in found:
+            raise UserError(f"--{flag} gives {name} twice, as {found[name]} and as {value}")
         found[name] = value
     return found
 

@@ -10,6 +10,7 @@ or a node fails, and goes on from its last checkpoint.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,14 @@ from pathlib import Path
 from absl import flags
 
 from launch import starter, training, verb
+from tmljax.config import UserError
 
+PROCESSES = "a node has one process, and --nodes says how many nodes"
+OURS = dict.fromkeys(("--nodes", "-N", "--ntasks", "-n", "--ntasks-per-node"), PROCESSES) | {
+    "--signal": "--grace says when to stop",
+    "--output": "--name names it",
+    "-o": "--name names it",
+}
 SCRIPT = Path(__file__).with_name("slurm.sh")
 
 
@@ -32,6 +40,8 @@ def define_flags() -> None:
 
 def main(argv: Sequence[str]) -> int:
     command, given = starter.command(), flags.FLAGS
+    options = verb.words_of("sbatch")
+    check_options(options, given.grace)
     return starter.Shell.of_flags().run(
         "sbatch",
         f"--job-name={given.name}",
@@ -42,11 +52,37 @@ def main(argv: Sequence[str]) -> int:
         "--requeue",
         f"--signal=TERM@{given.grace}",
         f"--chdir={training.ROOT}",
-        *verb.words_of("sbatch"),
+        *options,
         str(SCRIPT),
         str(given.restarts),
         *command.words(),
     )
+
+
+def check_options(options: Sequence[str], grace: int) -> None:
+    """Raises UserError for options of sbatch that another flag gives, and for a job that would be asked to stop as soon
+    as it starts, again and again."""
+    for word in options:
+        name, _, value = word.partition("=")
+        flag = OURS.get(name) or OURS.get(word[:2])
+        if flag:
+            raise UserError(f"--sbatch has {word}; {flag}")
+        if name == "--time" and (limit := seconds(value)) is not None and limit <= 2 * grace:
+            raise UserError(
+                f"--sbatch has {word}, of which --grace={grace} seconds are for saving; give the job more time or a "
+                "smaller --grace"
+            )
+
+
+def seconds(limit: str) -> int | None:
+    """Of a time limit as SLURM has them, M, M:S, H:M:S, D-H, D-H:M or D-H:M:S; None for another."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit)
+    if match is None:
+        return None
+    days, *rest = (None if part is None else int(part) for part in match.groups())
+    given = [part for part in rest if part is not None]
+    units = (3600, 60, 1) if days is not None or len(given) == 3 else (60, 1)
+    return (days or 0) * 86400 + sum(part * unit for part, unit in zip(given, units, strict=False))
 
 
 if __name__ == "__main__":

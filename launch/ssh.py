@@ -10,6 +10,7 @@ to stop and save; then all are started again. Ctrl-C stops them and ends it.
 
 from __future__ import annotations
 
+import re
 import shlex
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from launch import starter
 from tmljax.config import UserError
 from tmljax.terminal import Terminal
 
+HOST = re.compile(r"([\w.][\w.-]*@)?\w[\w.-]*")
 OPTIONS = ("-o", "BatchMode=yes", "-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=4")
 
 
@@ -56,6 +58,9 @@ def main(argv: Sequence[str]) -> int:
     hosts = [host.strip() for host in given.hosts if host.strip()]
     if not hosts or len(set(hosts)) < len(hosts):
         raise UserError(f"--hosts={','.join(given.hosts)} must name each host once")
+    for host in hosts:
+        if not HOST.fullmatch(host):
+            raise UserError(f"--hosts: {host} is neither HOST nor USER@HOST; a port of ssh goes to ~/.ssh/config")
     shell = starter.Shell.of_flags()
     address = f"{hosts[0].rpartition('@')[2]}:{given.port}"
     remotes = []
@@ -71,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
     return starter.persevere(attempt, given.restarts, given.pause)
 
 
-def process(address: str, count: int, index: int | None = None) -> list[str]:
+def process(address: str, count: int | str, index: int | None = None) -> list[str]:
     """What tells a process of the others (tmljax/cluster.py); without `index` JAX asks the machine for it."""
     named = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": count, "JAX_PROCESS_ID": index}
     return ["env", *(f"{name}={value}" for name, value in named.items() if value is not None)]
@@ -92,12 +97,20 @@ def supervise(remotes: Sequence[Remote], grace: float) -> int:
             running.append(start(one))
         while True:
             codes = [one.process.poll() for one in running]
-            failed = next((code for code in codes if code), 0)
-            if failed or None not in codes:
-                return failed
+            failed = next((index for index, code in enumerate(codes) if code), None)
+            if failed is not None:
+                starter.say(f"{remotes[failed].host} {what(codes[failed])}; all are stopped")
+                return codes[failed]
+            if None not in codes:
+                return 0
             time.sleep(0.05)
     finally:
         stop(running, grace)
+
+
+def what(code: int) -> str:
+    """What befell the host that ssh left with this exit code."""
+    return "cannot be reached, or its connection was lost" if code == starter.LOST else f"ended with exit code {code}"
 
 
 class Running(NamedTuple):

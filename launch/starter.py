@@ -120,6 +120,7 @@ def persevere(attempt: Callable[[], int], restarts: int, pause: float) -> int:
     while (code := attempt()) not in (0, MISTAKE):
         failures += code != AGAIN
         if failures > restarts:
+            say(f"training failed with exit code {code}; given up after {restarts} restarts")
             break
         why = "was stopped before its end" if code == AGAIN else f"failed with exit code {code}"
         say(f"training {why}; it goes on from its last checkpoint")

@@ -64,6 +64,7 @@ def define_flags() -> None:
 
 
 def main(argv: Sequence[str]) -> None:
+    cluster.refuse_many("launch.stream")
     given = flags.FLAGS
     cluster.enable_compile_cache()
     spoken = Input(given.input, given.channel, given.typed)

@@ -89,8 +89,9 @@ def main(argv: Sequence[str]) -> int:
         return code
 
     code = starter.persevere(attempt, given.restarts, given.pause)
-    delete = shlex.join(tpu.words("delete"))
-    starter.say(f"{given.name} still exists, and costs; when you have what you need: {delete}")
+    if not tpu.shell.dry:
+        delete = shlex.join(tpu.words("delete"))
+        starter.say(f"{given.name} still exists, and costs; when you have what you need: {delete}")
     return code
 
 
@@ -143,7 +144,8 @@ def train(tpu: TpuVm, command: starter.Command, grace: int) -> int:
     _, addresses = tpu.look()
     if not addresses:
         return starter.LOST
-    told = process(f"{addresses[0]}:{starter.PORT}", len(addresses))
+    count = "NUMBER-OF-WORKERS" if tpu.shell.dry else len(addresses)
+    told = process(f"{addresses[0]}:{starter.PORT}", count)
     code = tpu.on_workers("all", ["bash", "launch/tpu_vm.sh", "start", *told, *command.words()])
     code = code or tpu.on_workers("0", ["bash", "launch/tpu_vm.sh", "follow"])
     if code == 0:

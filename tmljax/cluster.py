@@ -21,6 +21,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tmljax import pulse
+from tmljax.config import UserError
 
 CACHE_VARIABLE = "TMLJAX_CACHE"
 TEXT = 1024  # bytes that a process can tell the others at a time
@@ -42,6 +43,13 @@ def initialize() -> None:
     elif int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 or "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
         jax.distributed.initialize()
     wait_for_all("here")  # before one of them does something else for long, see `compile_together`
+
+
+def refuse_many(verb: str) -> None:
+    """Raises UserError for what one process does, started as several. They would write the same files."""
+    count = os.environ.get("JAX_NUM_PROCESSES") or os.environ.get("SLURM_STEP_NUM_TASKS") or "1"
+    if count != "1":
+        raise UserError(f"{verb} is the work of one process, and this is one of {count}; only training has more")
 
 
 def process_index() -> int:

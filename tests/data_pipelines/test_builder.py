@@ -1,5 +1,6 @@
 """The same config gives the same bytes: on any number of processes, killed and resumed."""
 
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from data_pipelines import builder, plan, records
+from data_pipelines import builder, loader, plan, records
 from data_pipelines.scenarios import FAMILIES
 from data_pipelines.voices import Voices
 from tmljax.config import Data, Experiment, Stream, UserError
@@ -189,7 +190,7 @@ def test_a_damaged_note_of_what_was_built_is_one_line(tmp_path, content):
     experiment = Experiment(data=Data(root=str(tmp_path), name="d"))
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "build.json").write_text(content)
-    with pytest.raises(UserError, match=r"build\.json is damaged; delete .*/d"):
+    with pytest.raises(UserError, match=r"/d is damaged: its build\.json cannot be read; delete it"):
         builder.refuse_another(experiment)
 
 
@@ -214,6 +215,31 @@ def test_a_dataset_that_lost_a_file_or_a_part_is_one_line(built, tmp_path, lost,
     for use in (lambda: builder.open_split(wanted, "train"), lambda: builder.build(wanted, progress=False)):
         with pytest.raises(UserError, match=r"has lost files of its splits .*validation.*; delete it"):
             use()
+
+
+@pytest.mark.parametrize(
+    ("file", "share"), [("summary.json", 1.0), ("dataset_info.json", 1.0), ("duplex-train.array_record-*", 0.5)]
+)
+def test_a_dataset_with_wrong_bytes_is_one_line(built, tmp_path, file, share):
+    """Where this share of a file is over."""
+    shutil.copytree(built[1].path, tmp_path / built[0].data.name)
+    wanted = dataclasses.replace(built[0], data=dataclasses.replace(built[0].data, root=str(tmp_path)))
+    home = tmp_path / built[0].data.name
+    for path in home.rglob(file):
+        whole = path.read_bytes()
+        end = int(share * len(whole))
+        path.write_bytes(whole[: end - 30] + b"?" * 30 + whole[end:])
+
+    def use():
+        builder.build(wanted, progress=False)
+        batches = loader.train_loader(wanted, Tokenizer.load(builder.tokenizer_path(wanted)))
+        with contextlib.closing(batches):
+            for _ in range(50):
+                next(batches)
+
+    with pytest.raises(UserError, match=rf"{home} is damaged: .*; delete it and run the same command again") as error:
+        use()
+    assert "\n" not in str(error.value)
 
 
 def test_a_folder_of_somebody_else_is_left_alone(tmp_path):

@@ -393,7 +393,7 @@ def test_an_import_that_lost_a_part_is_one_line(tmp_path: Path) -> None:
     path, experiment = prepare_talks(tmp_path)
     file = next(recordings.prepare(str(path), experiment).rglob("*.array_record-*"))
     os.truncate(file, file.stat().st_size - 1000)
-    with pytest.raises(UserError, match=r"has lost files, or parts of them; delete it"):
+    with pytest.raises(UserError, match=r"is damaged: it has lost files, or parts of them; delete it"):
         recordings.open_manifest(str(path), experiment, "train")
 
 

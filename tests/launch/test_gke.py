@@ -66,6 +66,8 @@ def test_the_schema_sees_what_is_wrong(tmp_path):
         ("--name=Demo", "--name=Demo"),
         ("--resource=tpu", "NAME:AMOUNT"),
         ("--node=x", "NAME=VALUE"),
+        ("--claim=c:mnt", "--claim=c:mnt must be NAME:/MOUNT"),
+        ("--resource=google.com/tpu:8", "--resource gives google.com/tpu twice, as 4 and as 8"),
         ("--hosts=0", "hosts"),
     ],
 )

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import tpu_vm, training, verb
+from launch import slurm, tpu_vm, training, verb
 from launch.starter import Shell
 from tests.launch.fakes import (
     ANSWER,
@@ -97,6 +97,9 @@ def test_the_batch_of_the_example_divides_over_its_devices(starter, devices):
         (["--nods=3", "--", *TRAIN], "nods"),
         (["stray", "--", *TRAIN], "'stray' is not a flag"),
         (["--port=70000", "--", *TRAIN], "port"),
+        (["--hosts=ada:22", "--", *TRAIN], "ada:22 is neither HOST nor USER@HOST; a port of ssh goes to ~/.ssh/config"),
+        (["--hosts=ada,-oProxyCommand=x", "--", *TRAIN], "-oProxyCommand=x is neither"),
+        (["--hosts=me@", "--", *TRAIN], "me@ is neither"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line(tmp_path, words, complaint):
@@ -170,6 +173,33 @@ def test_sbatch_gets_one_process_a_node_and_the_same_flags(fakes):
     assert script == [str(ROOT / "launch" / "slurm.sh"), "10", *TRAIN]
     assert {"--nodes=4", "--ntasks-per-node=1", "--requeue", "--signal=TERM@90"} <= set(before)
     assert before[-2:] == ["--partition=gpu", "--comment=two words"]
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (
+            "--partition=gpu --nodes=7",
+            "--sbatch has --nodes=7; a node has one process, and --nodes says how many nodes",
+        ),
+        ("-N7", "--sbatch has -N7; a node has one process"),
+        ("--ntasks-per-node=2", "a node has one process"),
+        ("--signal=INT@5", "--grace says when to stop"),
+        ("--time=00:10:00", "--sbatch has --time=00:10:00, of which --grace=300 seconds are for saving"),
+    ],
+)
+def test_options_of_sbatch_that_end_every_run_or_say_it_twice_are_refused(tmp_path, options, complaint):
+    fakes = Fakes(tmp_path, sbatch=ANSWER)
+    refuses(fakes.start("slurm", "--nodes=2", f"--sbatch={options}", "--", *TRAIN), complaint)
+    assert not fakes.calls()
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [("5", 300), ("5:30", 330), ("1:0:1", 3601), ("1-2", 93600), ("1-2:3", 93780), ("1-0:0:9", 86409), ("x", None)],
+)
+def test_time_limits_as_slurm_writes_them(limit, expected):
+    assert slurm.seconds(limit) == expected
 
 
 def batch(fakes, restarts=1, **environment):
@@ -251,6 +281,8 @@ def test_ssh_stops_all_when_one_fails_and_starts_them_again(fakes):
     done = fakes.start(*ssh(fakes, "--restarts=1"))
     assert done.returncode == 255
     assert done.stdout.count("[me@alan] ssh: connect to host alan") == 2
+    assert done.stderr.count("== me@alan cannot be reached, or its connection was lost; all are stopped") == 2
+    assert "training failed with exit code 255; given up after 1 restarts" in done.stderr
     assert len(train_calls(fakes)) == (fakes.folder / "train.stopped").stat().st_size == 2  # ada's, by SIGTERM
 
 

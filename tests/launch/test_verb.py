@@ -290,3 +290,14 @@ def test_a_pipe_to_somebody_else_that_breaks_is_no_quiet_end():
 
     with pytest.raises(BrokenPipeError):
         verb.run(main, ["it"])
+
+
+@pytest.mark.parametrize("name", ["evaluate", "export", "stream"])
+def test_several_processes_do_not_write_the_same_files(name, tmp_path):
+    flags = {"evaluate": [], "export": ["--output=o"], "stream": ["--input=i.wav", "--output=o.wav"]}[name]
+    done = subprocess.run(
+        [sys.executable, "-m", f"launch.{name}", f"--workdir={tmp_path}", *flags],
+        env=os.environ | {"JAX_NUM_PROCESSES": "2"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert f"launch.{name} is the work of one process, and this is one of 2; only training has more" in done.stderr
