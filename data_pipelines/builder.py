@@ -104,7 +104,9 @@ def build(
     except OSError as e:
         if files.is_full(e):
             raise UserError(f"the disk is full: free space for {home} and run again, what is there is kept") from None
-        raise UserError(f"cannot write {home}: {e.strerror or e}") from None
+        raise UserError(
+            f"cannot write {home}: {e.strerror or e}; name another folder with --config.data.root"
+        ) from None
     counts = read_counts(experiment)
     return Summary(home, counts["sessions"], counts["seconds"], rendered, time.monotonic() - began)
 

@@ -41,7 +41,8 @@ def define_flags() -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    given = [name for name in ("search", "search_seconds", "price", "tokens", "method") if flags.FLAGS[name].present]
+    given = [name for name in ("search", "search_seconds", "price", "tokens") if flags.FLAGS[name].present]
+    given += ["method"] if flags.FLAGS["method"].present and flags.FLAGS.method != "formula" else []
     if flags.FLAGS.what == "tick" and given:
         raise UserError(f"--{given[0]} is for the training step; leave it out, or --what=tick")
     verb.refuse_file("output")

@@ -33,13 +33,8 @@ def define_flags() -> None:
     flags.DEFINE_list("hosts", None, "separated by commas, each HOST or USER@HOST; the others must reach the first")
     flags.mark_flag_as_required("hosts")
     flags.DEFINE_string("folder", None, "the repository on each host", required=True)
-    flags.DEFINE_integer(
-        "port",
-        starter.PORT,
-        "of the first host, where the processes find one another",
-        lower_bound=1,
-        upper_bound=65535,
-    )
+    told = "of the first host, where the processes find one another"
+    flags.DEFINE_integer("port", starter.PORT, told, lower_bound=1, upper_bound=65535)
     flags.DEFINE_integer("grace", 120, "seconds to save in when asked to stop", lower_bound=0)
     flags.DEFINE_integer("restarts", 10, "how often a training that fails is started again", lower_bound=0)
     flags.DEFINE_float("pause", 10.0, "seconds before it is started again", lower_bound=0)

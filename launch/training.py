@@ -37,20 +37,10 @@ def define_flags(values: flags.FlagValues | None = None) -> None:
     """Among `values`, by default those of the process."""
     values = flags.FLAGS if values is None else values
     verb.define_config(values)
-    flags.DEFINE_string(
-        "workdir",
-        None,
-        "where checkpoints and metrics go; made if absent",
-        required=True,
-        flag_values=values,
-    )
-    flags.DEFINE_integer(
-        "profile",
-        0,
-        "steps to trace into WORKDIR/profile, for XProf and TensorBoard",
-        lower_bound=0,
-        flag_values=values,
-    )
+    told = "where checkpoints and metrics go; made if absent"
+    flags.DEFINE_string("workdir", None, told, required=True, flag_values=values)
+    told = "steps to trace into WORKDIR/profile, for XProf and TensorBoard"
+    flags.DEFINE_integer("profile", 0, told, lower_bound=0, flag_values=values)
 
 
 def read(words: Sequence[str]) -> Training:

@@ -129,12 +129,12 @@ def eight(**sizes: int) -> jax.sharding.Mesh:
             {"data": {"batch": 12}},
             {"data": 2, "fsdp": 2, "expert": 2},
             "config.data.batch=12 does not divide over data x fsdp x expert = 8 of config.mesh and "
-            "config.optimizer.accumulate=1; try config.data.batch=8 or 16",
+            "config.optimizer.accumulate=1; try a mesh where that is 6 or 12, or config.data.batch=8 or 16",
         ),
         (
             {"data": {"batch": 40}, "optimizer": {"accumulate": 4}},
             {"data": 8},
-            "config.optimizer.accumulate=4; try config.data.batch=32 or 64",
+            "config.optimizer.accumulate=4; try a mesh where that is 5 or 10, or config.data.batch=32 or 64",
         ),
         (
             {"data": {"window": 54, "batch": 2}},

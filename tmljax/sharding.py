@@ -159,9 +159,11 @@ def check_sizes(experiment: Experiment, sizes: Mapping[str, int]) -> None:
     groups, parts = members(sizes, BATCH_AXES), experiment.optimizer.accumulate
     batch, window = experiment.data.batch, experiment.data.window
     if batch % (groups * parts):
+        near = divisors(batch // parts, groups) if batch % parts == 0 else []
+        mesh = f"a mesh where that is {' or '.join(map(str, near))}, or " if near else ""
         raise UserError(
             f"config.data.batch={batch} does not divide over {' x '.join(BATCH_AXES)} = {groups} of config.mesh and "
-            f"config.optimizer.accumulate={parts}; try {either('data.batch', multiples(batch, groups * parts))}"
+            f"config.optimizer.accumulate={parts}; try {mesh}{either('data.batch', multiples(batch, groups * parts))}"
         )
     context, every = sizes["context"], experiment.stream.video_every
     if context > 1 and window % (context * every):

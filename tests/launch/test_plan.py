@@ -42,7 +42,7 @@ def test_what_does_not_fit_is_no_best(tmp_path):
 
 
 def test_a_plan_of_serving_takes_no_flag_of_training():
-    done = run("--topology=h100:1x2", "--what=tick")
+    done = run("--topology=h100:1x2", "--what=tick", "--method=formula")
     assert done.returncode == 0, done.stderr
     assert "live sessions" in done.stdout
     done = run("--topology=h100:1x2", "--what=tick", "--price=3")

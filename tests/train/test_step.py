@@ -148,5 +148,5 @@ def test_routing_bias_moves_against_the_load_by_the_rate():
 
 def test_a_batch_that_does_not_divide_names_the_nearest():
     experiment = toy.experiment(data={"batch": 12})
-    with pytest.raises(UserError, match=r"config.data.batch=12 .* try config.data.batch=8 or 16$"):
+    with pytest.raises(UserError, match=r"config.data.batch=12 .* try a mesh .* or config.data.batch=8 or 16$"):
         make_program(experiment, toy.Definition(), toy.objective, make_mesh(experiment.mesh))
