@@ -138,7 +138,11 @@ def read(source: Sequence[dict[str, Any]], index: int, home: str | os.PathLike[s
     """A record of the dataset in the folder `home`. Raises UserError where its bytes are not those written."""
     try:
         return decode(source[index])
-    except RuntimeError as e:  # of ArrayRecord, whose chunks have hashes
+    except RuntimeError as e:
+        if "Corrupted" not in str(
+            e
+        ):  # as ArrayRecord says of chunks that miss their hash; a disk that fails may recover
+            raise
         raise damage(home, f"its records cannot be read ({str(e).splitlines()[0]})") from None
 
 

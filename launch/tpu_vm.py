@@ -75,12 +75,12 @@ def main(argv: Sequence[str]) -> int:
     tpu = TpuVm(starter.Shell.of_flags(), given.name, given.zone, given.project)
     check_places(command.training)
     tpu.shell.check(*GCLOUD, "list", *tpu.where, "--format=none")
-    files = Files.tracked(tpu.shell)
-    check_config(command.training, files)
     began = False
 
     def attempt() -> int:
         nonlocal began
+        files = Files.tracked(tpu.shell)  # as they are by now: what is packed is what the digest says
+        check_config(command.training, files)
         code = prepare(tpu, files)
         if code == 0:
             began, code = True, train(tpu, command, given.grace)

@@ -242,6 +242,15 @@ def test_a_dataset_with_wrong_bytes_is_one_line(built, tmp_path, file, share):
     assert "\n" not in str(error.value)
 
 
+def test_a_disk_that_fails_to_read_is_no_damage():
+    class Failing:
+        def __getitem__(self, index):
+            raise RuntimeError("Input/output error")
+
+    with pytest.raises(RuntimeError, match="Input/output"):
+        records.read(Failing(), 0, "home")
+
+
 def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
     (tmp_path / "small").mkdir()
     (tmp_path / "small" / "thesis.txt").write_text("mine")
